@@ -1,0 +1,47 @@
+# `make` alone lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PYTHONWARNINGS ?= default
+
+.PHONY: help setup demo test test-oldest lint bench clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(VENV)/ready  ## create .venv and install the pinned dependencies
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	@echo "setting up $(VENV) (a minute or two)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,lint]"
+	@touch $@
+
+demo: setup  ## train on 3,000 noisy digits and compare live and averaged weights (about 2 minutes)
+	@$(BIN)/python examples/01_quickstart.py
+
+test: setup  ## run the tests
+	@$(BIN)/python -m pytest -q
+
+lint: setup  ## ruff (lint and format) and mypy (strict)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+OLDEST := .venv-oldest
+test-oldest: $(OLDEST)/ready  ## run the tests against the oldest supported Lightning
+	@$(OLDEST)/bin/python -m pytest -q tests
+
+$(OLDEST)/ready: pyproject.toml constraints.txt constraints-oldest.txt
+	@$(PYTHON) -m venv $(OLDEST)
+	@$(OLDEST)/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt torch
+	@$(OLDEST)/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[test]"
+	@touch $@
+
+bench: setup  ## print the cost of an update and of the callback, as ratios
+	@$(BIN)/python benchmarks/update.py
+
+clean:  ## remove the virtual environments and what runs have written
+	rm -rf $(VENV) $(OLDEST) runs dist .pytest_cache .mypy_cache .ruff_cache

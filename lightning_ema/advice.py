@@ -1,0 +1,32 @@
+"""What a run's length says about a decay: pure functions from numbers to sentences."""
+
+from __future__ import annotations
+
+from lightning_ema.schedules import Schedule
+
+
+def horizon(decay: float) -> float:
+    """``1 / (1 - decay)``: the steps over which an average of this decay reaches back; infinite at 1."""
+    return 1 / (1 - decay) if decay < 1 else float("inf")
+
+
+def too_long(schedule: Schedule, total_steps: int) -> str | None:
+    """A warning where the horizon that the schedule aims at is longer than the whole run."""
+    if not total_steps < horizon(schedule.limit) < float("inf"):
+        return None
+    fitting = 1 - 1 / max(2.0, total_steps / 10)
+    return (
+        f"{schedule!r} aims at a horizon 1 / (1 - decay) = {horizon(schedule.limit):,.0f} steps, longer than the whole "
+        f"run of {total_steps:,} steps. A tenth of the run would be decay={fitting:.4g}."
+    )
+
+
+def still_rising(schedule: Schedule, total_steps: int) -> str | None:
+    """A remark where the schedule is still below its limit at the last step."""
+    last = schedule(total_steps)
+    if not last < schedule.limit < 1:
+        return None
+    return (
+        f"{schedule!r} reaches a decay of {last:.4g} at the last of {total_steps:,} steps, a horizon of "
+        f"{horizon(last):,.0f} steps: in this run every decay of {last:.4g} and above gives the same average."
+    )

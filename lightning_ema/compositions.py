@@ -1,0 +1,215 @@
+"""Schedules without a fixed horizon, and schedules made of schedules. Notation as in :mod:`lightning_ema.schedules`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from lightning_ema.schedules import Constant, Plan, Schedule, check_decay, check_positive
+
+
+@dataclass(frozen=True)
+class Power(Schedule):
+    """``d(n) = (1 - 1 / n) ** (gamma + 1)``: the power-function average, whose profile grows as ``n ** gamma``.
+
+    ``sigma_rel``, the width of the profile relative to the run, determines ``gamma`` as the largest root of
+    ``(gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)) = sigma_rel ** 2``. Give exactly one of the two.
+    Source: Karras et al. 2024, arXiv 2312.02696.
+
+    >>> round(Power(sigma_rel=0.1).exponent, 3), Power(gamma=1.0)(2), Power(gamma=1.0).product(0, 5)
+    (6.937, 0.25, 0.0)
+    """
+
+    sigma_rel: float | None = None
+    gamma: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.sigma_rel is None) == (self.gamma is None):
+            raise ValueError(
+                f"Power: got sigma_rel={self.sigma_rel!r} and gamma={self.gamma!r}; give exactly one of them, "
+                "for instance Power(sigma_rel=0.1)."
+            )
+        if self.sigma_rel is not None and not 0 < self.sigma_rel <= _WIDEST:
+            raise ValueError(
+                f"Power: sigma_rel is {self.sigma_rel!r}; it must lie in (0, {_WIDEST:.4f}], where the upper end is "
+                "the plain mean. Usual values are 0.05 to 0.15."
+            )
+        if self.gamma is not None and not 0 <= self.gamma < math.inf:
+            raise ValueError(f"Power: gamma is {self.gamma!r}; it must be zero or positive.")
+
+    @property
+    def exponent(self) -> float:
+        """The ``gamma`` in force."""
+        return self.gamma if self.gamma is not None else _gamma_of(self.sigma_rel or 0.0)
+
+    def __call__(self, n: int) -> float:
+        return self.product(n - 1, n)
+
+    def product(self, after: int, upto: int) -> float:
+        return (after / upto) ** (self.exponent + 1) if upto > after else 1.0
+
+
+@dataclass(frozen=True)
+class Equal(Schedule):
+    """``d(n) = 1 - 1 / n``: the plain mean of all states since ``start_step``. Source: SWA, arXiv 1803.05407.
+
+    >>> Equal()(1), Equal()(4), Equal().product(2, 4)
+    (0.0, 0.75, 0.5)
+    """
+
+    def __call__(self, n: int) -> float:
+        return (n - 1) / n
+
+    def product(self, after: int, upto: int) -> float:
+        return after / upto if upto > after else 1.0
+
+
+@dataclass(frozen=True)
+class Debiased(Schedule):
+    """``d(n) = decay * (1 - decay ** (n - 1)) / (1 - decay ** n)``: a mean at first, then an average of ``decay``.
+
+    It is the zero-started average divided by ``1 - decay ** n``, so the state before the first step has no weight.
+    Sources: optax ``ema(debias=True)``, audiocraft.
+
+    >>> Debiased(0.5)(1), Debiased(0.5)(2)
+    (0.0, 0.3333333333333333)
+    """
+
+    decay: float
+
+    def __post_init__(self) -> None:
+        check_decay(self.decay, self)
+        if self.decay == 1:
+            raise ValueError("Debiased: decay is 1; it must be below 1. A mean of all states is Equal().")
+
+    def __call__(self, n: int) -> float:
+        return self.product(n - 1, n)
+
+    def product(self, after: int, upto: int) -> float:
+        if self.decay == 0 or upto == after:
+            return 0.0 if upto > after else 1.0
+        log = math.log(self.decay)
+        return math.exp((upto - after) * log) * math.expm1(after * log) / math.expm1(upto * log)
+
+    @property
+    def limit(self) -> float:
+        return self.decay
+
+
+@dataclass(frozen=True)
+class CopyFirst(Schedule):
+    """``d(1) = 0``, then ``d(n) = schedule(n - 1)``: the first step copies, the schedule begins after it.
+
+    Sources: torch's ``AveragedModel`` and mmengine, whose first call copies.
+
+    >>> CopyFirst(0.9)(1), CopyFirst(0.9)(2)
+    (0.0, 0.9)
+    """
+
+    schedule: Schedule | float
+
+    def __post_init__(self) -> None:
+        _inner(self.schedule)
+
+    def __call__(self, n: int) -> float:
+        return 0.0 if n == 1 else _inner(self.schedule)(n - 1)
+
+    def product(self, after: int, upto: int) -> float:
+        if after == 0:
+            return 0.0 if upto > 0 else 1.0
+        return _inner(self.schedule).product(after - 1, upto - 1)
+
+    def bind(self, plan: Plan) -> Schedule:
+        return replace(self, schedule=_bound(self.schedule, plan.after(1)))
+
+    @property
+    def limit(self) -> float:
+        return _inner(self.schedule).limit
+
+
+@dataclass(frozen=True)
+class Then(Schedule):
+    """``d(n) = first(n)`` for ``n <= at``, then ``second(n - at)``: the second counts its own steps from 1.
+
+    Source: Mean Teacher (arXiv 1703.01780): ``Then(0.99, at=ramp_up, second=0.999)``.
+
+    >>> schedule = Then(0.99, at=100, second=0.999)
+    >>> schedule(100), schedule(101)
+    (0.99, 0.999)
+    """
+
+    first: Schedule | float
+    at: int
+    second: Schedule | float
+
+    def __post_init__(self) -> None:
+        check_positive(self.at, "at", self)
+        _inner(self.first), _inner(self.second)
+
+    def __call__(self, n: int) -> float:
+        return _inner(self.first)(n) if n <= self.at else _inner(self.second)(n - self.at)
+
+    def product(self, after: int, upto: int) -> float:
+        before = _inner(self.first).product(min(after, self.at), min(upto, self.at))
+        return before * _inner(self.second).product(max(after - self.at, 0), max(upto - self.at, 0))
+
+    def bind(self, plan: Plan) -> Schedule:
+        first = _bound(self.first, replace(plan, total_steps=self.at))
+        return replace(self, first=first, second=_bound(self.second, plan.after(self.at)))
+
+    @property
+    def limit(self) -> float:
+        return _inner(self.second).limit
+
+
+@dataclass(frozen=True)
+class Scaled(Schedule):
+    """``d(n) = schedule(n) ** batch_factor``: the same horizon in samples when the batch is ``batch_factor`` times.
+
+    Source: the EMA scaling rule, Busbridge et al. 2023, arXiv 2307.13813.
+
+    >>> round(Scaled(0.999, batch_factor=4)(1), 6)
+    0.996006
+    """
+
+    schedule: Schedule | float
+    batch_factor: float
+
+    def __post_init__(self) -> None:
+        check_positive(self.batch_factor, "batch_factor", self)
+        _inner(self.schedule)
+
+    def __call__(self, n: int) -> float:
+        return math.pow(_inner(self.schedule)(n), self.batch_factor)
+
+    def product(self, after: int, upto: int) -> float:
+        return math.pow(_inner(self.schedule).product(after, upto), self.batch_factor)
+
+    def bind(self, plan: Plan) -> Schedule:
+        return replace(self, schedule=_bound(self.schedule, plan))
+
+    @property
+    def limit(self) -> float:
+        return math.pow(_inner(self.schedule).limit, self.batch_factor)
+
+
+_WIDEST = math.sqrt(1 / 12)  # sigma_rel of gamma = 0, where the profile is flat
+
+
+def _inner(schedule: Schedule | float) -> Schedule:
+    return schedule if isinstance(schedule, Schedule) else Constant(schedule)
+
+
+def _bound(schedule: Schedule | float, plan: Plan) -> Schedule | float:
+    return schedule.bind(plan) if isinstance(schedule, Schedule) else schedule
+
+
+def _gamma_of(sigma_rel: float) -> float:
+    """The root by bisection: the left side falls from 1/12 at gamma = 0 and is below 1 / gamma ** 2."""
+    low, high = 0.0, 1 / sigma_rel
+    while (middle := (low + high) / 2) not in (low, high):
+        if (middle + 1) / ((middle + 2) ** 2 * (middle + 3)) > sigma_rel**2:
+            low = middle
+        else:
+            high = middle
+    return middle

@@ -1,0 +1,163 @@
+"""A live tensor beside its average, and the loan of the averages to the module. Knows torch, not Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_ema.kernels import exchange_
+from lightning_ema.selection import Candidate
+
+
+@dataclass(eq=False)
+class Pair:
+    """A tensor of the module and its average.
+
+    Attributes:
+        candidate: the tensor, its names and where it hangs.
+        average: of the same shape and strides; None until the average has started.
+        exclusive: whether the live tensor's storage is its own and may be exchanged for the average's.
+    """
+
+    candidate: Candidate
+    average: Tensor | None
+    exclusive: bool = True
+
+    @property
+    def name(self) -> str:
+        return self.candidate.name
+
+    @property
+    def live(self) -> Tensor:
+        """The tensor itself: a Parameter or buffer that keeps its identity when it is moved, cast or lent."""
+        return self.candidate.tensor
+
+
+# How a tensor was lent, which says how it comes back:
+#   storage   the live storage is set aside, the tensor carries another one      -> set the live storage again
+#   exchange  the contents of live tensor and average have changed places        -> exchange them again
+#   contents  the live contents were cloned and overwritten                      -> copy them back
+How = Literal["storage", "exchange", "contents"]
+
+
+@dataclass(eq=False)
+class _Lent:
+    pair: Pair
+    average: Tensor
+    how: How
+    live: Tensor
+    watched: bool
+    version: int = -1
+
+
+class Loan:
+    """The module carries the average until :meth:`recall`. Made by :meth:`lightning_ema.WeightAverage.lend`."""
+
+    def __init__(self, pairs: Iterable[Pair], copy: bool, in_place: bool) -> None:
+        self._lent: dict[str, _Lent] = {}
+        self.active = True
+        torch.clear_autocast_cache()  # else an autocast region open across the loan goes on with casts of live weights
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                for pair in pairs:
+                    if pair.average is not None:
+                        self._lend(pair, pair.average, copy, in_place)
+        except BaseException:
+            self._bring_back()
+            raise
+
+    def recall(self) -> None:
+        """Brings the live weights back, bit for bit. A second call does nothing.
+
+        Raises:
+            RuntimeError: something wrote to a parameter during the loan, and so into the average. The live weights
+                are back nevertheless.
+        """
+        if not self.active:
+            return
+        written = self.written()
+        self._bring_back()
+        if written:
+            raise RuntimeError(
+                f"{', '.join(written[:4])}{', ...' if len(written) > 4 else ''}: written to while the module carried "
+                "the average, so the average itself was changed (test-time adaptation? an optimizer that rewrites "
+                "weights for evaluation?). The live weights are back and untouched. To let an evaluation write, lend "
+                "a copy, WeightAverage.lend(copy=True); in a Trainer use EMACallback(evaluate='live')."
+            )
+
+    def written(self) -> list[str]:
+        """The names of the parameters that were replaced, or written to, since they were lent."""
+        return [
+            name
+            for name, lent in self._lent.items()
+            if lent.watched and (_replaced(lent.pair.candidate) or lent.pair.live._version != lent.version)
+        ]
+
+    def average_of(self, pair: Pair) -> Tensor | None:
+        """Where the average is to be found during the loan."""
+        lent = self._lent.get(pair.name)
+        return pair.live.detach() if lent is not None and lent.how == "exchange" else pair.average
+
+    def live_of(self, pair: Pair) -> Tensor:
+        """Where the live tensor is to be found during the loan."""
+        lent = self._lent.get(pair.name)
+        return lent.live if lent is not None else pair.live.detach()
+
+    def in_shared_storage(self) -> list[Tensor]:
+        """The module's tensors that were lent inside storage they keep: aliases of them change with the recall."""
+        return [lent.pair.live for lent in self._lent.values() if lent.how != "storage"]
+
+    def _lend(self, pair: Pair, average: Tensor, copy: bool, in_place: bool) -> None:
+        tensor = pair.live
+        alike = average.dtype == tensor.dtype and average.device == tensor.device
+        own = pair.exclusive and not in_place
+        # buffers go as copies: an evaluation may write to them (BatchNorm in train mode, DDP's broadcast)
+        buffer = pair.candidate.is_buffer
+        direct = alike and not copy and (in_place or not buffer)
+        if own:
+            lent = _Lent(pair, average, "storage", tensor.data, watched=direct)
+            self._lent[pair.name] = lent
+            tensor.data = average if direct else _copy_like(average, tensor)
+        elif direct:
+            lent = _Lent(pair, average, "exchange", average, watched=not buffer)
+            exchange_(tensor.data, average)
+            self._lent[pair.name] = lent
+        else:
+            lent = _Lent(pair, average, "contents", tensor.data.clone(), watched=in_place and not buffer)
+            self._lent[pair.name] = lent
+            tensor.data.copy_(average)
+        lent.version = tensor._version
+
+    def _bring_back(self) -> None:
+        torch.clear_autocast_cache()
+        with torch.inference_mode(False), torch.no_grad():
+            while self._lent:  # one by one, so that a recall interrupted by Ctrl-C can be taken up again
+                name, lent = next(iter(self._lent.items()))
+                _return(lent)
+                del self._lent[name]
+        self.active = False
+
+
+def _return(lent: _Lent) -> None:
+    tensor = lent.pair.live
+    if lent.how == "storage":
+        tensor.data = lent.live
+    elif lent.how == "exchange":
+        exchange_(tensor.data, lent.average)
+    else:
+        tensor.data.copy_(lent.live)
+    for table, leaf in lent.pair.candidate.slots:
+        if leaf in table and table[leaf] is not tensor:
+            table[leaf] = tensor  # an evaluation that assigns to a buffer hangs another tensor there
+
+
+def _replaced(candidate: Candidate) -> bool:
+    return any(table.get(leaf) is not candidate.tensor for table, leaf in candidate.slots)
+
+
+def _copy_like(average: Tensor, tensor: Tensor) -> Tensor:
+    return average.to(device=tensor.device, dtype=tensor.dtype, copy=True)

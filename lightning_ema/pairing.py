@@ -1,0 +1,273 @@
+"""The tensors of a module beside their averages, paired by name and kept so while the module changes."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from operator import is_
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ema.kernels import lerp_, lerp_cast_
+from lightning_ema.loan import Pair
+from lightning_ema.selection import Candidate, Survey, Table, check_patterns, joins, owns_storage
+from lightning_ema.settings import Settings
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Averages of one kind and the stretch of the list of live tensors that belongs to them."""
+
+    averages: list[Tensor]
+    stretch: slice
+    alike: bool
+
+
+class Pairing:
+    """Pairs by name what is averaged with its average.
+
+    Modules change under training: layers are unfrozen, materialized, replaced, moved or cast. Every update looks for
+    that at the cost of about 0.1 microseconds a tensor and 0.2 a submodule, and pairs again where it finds something.
+
+    Attributes:
+        started: whether averages are stored.
+        identities: ``id`` of every averaged live tensor.
+    """
+
+    def __init__(self, module: nn.Module, settings: Settings, into: nn.Module | None) -> None:
+        self.started = False
+        self.identities: frozenset[int] = frozenset()
+        self._module = module
+        self._settings = settings
+        self._targets = None if into is None else {n: c.tensor for c in Survey(into).candidates for n in c.names}
+        self._pairs: dict[str, Pair] = {}
+        self._admitted: set[str] = set()
+        self._unbounded: set[str] = set()
+        self._refresh()
+        check_patterns(self._survey, settings.include, settings.exclude)
+        if not any(not pair.candidate.is_buffer for pair in self._pairs.values()) and not self._waiting_lazy():
+            raise ValueError(
+                f"{type(module).__name__} has nothing to average: no parameter that requires grad"
+                f"{' matches include and exclude' if settings.include or settings.exclude else ''}. To average frozen "
+                "parameters write include_frozen=True."
+            )
+
+    def pairs(self) -> Iterable[Pair]:
+        """All pairs, in the order of the module."""
+        return self._pairs.values()
+
+    def start(self) -> None:
+        """Sets every average to the live tensor."""
+        self.started = True
+        self._refresh()
+        with torch.no_grad():
+            for pair in self._pairs.values():
+                if pair.average is not None:
+                    pair.average.copy_(pair.live)
+
+    def forget(self) -> None:
+        """Gives the averages up, as before the start."""
+        self.started = False
+        for pair in self._pairs.values():
+            pair.average = None
+        self._arrange()
+
+    def absorb(self, lives: list[Tensor], rate: float) -> None:
+        """``average += rate * (live - average)`` for ``lives`` as given by :meth:`lives`."""
+        for group in self._groups:
+            (lerp_ if group.alike else lerp_cast_)(group.averages, lives[group.stretch], rate)
+
+    def lives(self) -> list[Tensor]:
+        """The live tensors as they are now, in the order that :meth:`absorb` takes."""
+        self.refresh_if_stale()
+        return self._lives
+
+    def refresh_if_stale(self) -> None:
+        """Pairs again if a tensor was unfrozen, added, replaced, moved or cast since the last time."""
+        if not self._survey.holds() or self._someone_joins():
+            self._refresh()
+            return
+        try:
+            lives = [table[leaf] for table, leaf in self._slots]
+            pointers = [live.data_ptr() for live in lives]  # type: ignore[union-attr]
+        except (KeyError, AttributeError):
+            self._refresh()
+            return
+        if (pointers != self._pointers or not all(map(is_, lives, self._lives))) and not self._adopt(lives):
+            self._refresh()
+
+    def load(self, averages: dict[str, Tensor]) -> None:
+        """Takes the averages over by name. Parameters that do not take part yet, such as frozen ones, join.
+
+        What the settings leave out (``include``, ``exclude``, ``buffers``) stays out: the settings win over the file.
+
+        Raises:
+            ValueError: tensors are missing, unknown or of another shape; nothing was changed then.
+        """
+        self.refresh_if_stale()
+        known = {name: candidate for candidate in self._survey.candidates for name in candidate.names}
+        problems = [f"{name}: not in the module" for name in averages if name not in known]
+        wanted = {known[name].name: value for name, value in averages.items() if name in known}
+        wanted = {name: value for name, value in wanted.items() if self._allowed(known[name])}
+        problems += [f"{name}: not in the state" for name in self._pairs if name not in wanted]
+        problems += [
+            f"{name}: shape {tuple(value.shape)} in the state, {tuple(known[name].tensor.shape)} in the module"
+            for name, value in wanted.items()
+            if value.shape != known[name].tensor.shape
+        ]
+        if problems:
+            raise ValueError(
+                f"the state does not fit {type(self._module).__name__}:\n  " + "\n  ".join(problems) + "\n"
+                "Build the module as it was when the state was written, or choose the same tensors by include and "
+                "exclude."
+            )
+        self._admitted |= wanted.keys()
+        self.started = True
+        self._refresh()
+        with torch.no_grad():
+            for name, value in wanted.items():
+                average = self._pairs[name].average
+                assert average is not None
+                average.copy_(value)
+
+    # --- pairing ----------------------------------------------------------------------------------------------------
+
+    def _refresh(self) -> None:
+        self._survey = Survey(self._module)
+        before, self._pairs = self._pairs, {}
+        for candidate in self._survey.candidates:
+            known = before.get(candidate.name)
+            if known is not None or self._takes(candidate):
+                if candidate.name in self._pairs:
+                    raise ValueError(f"two tensors are named {candidate.name!r} once wrapper prefixes are left out.")
+                self._pairs[candidate.name] = Pair(candidate, self._average_for(candidate, known))
+        self._waiting = [
+            candidate
+            for candidate in self._survey.candidates
+            if not candidate.is_buffer and candidate.name not in self._pairs and self._allowed(candidate)
+        ]
+        self.identities = frozenset(id(pair.live) for pair in self._pairs.values())
+        self._arrange()
+
+    def _allowed(self, candidate: Candidate) -> bool:
+        averaged = not candidate.is_buffer or self._settings.buffers == "average"
+        return averaged and candidate.matches(self._settings.include, self._settings.exclude)
+
+    def _takes(self, candidate: Candidate) -> bool:
+        if not self._allowed(candidate):
+            return False
+        if not candidate.is_buffer:
+            return candidate.name in self._admitted or joins(candidate, self._settings.include_frozen)
+        if candidate.name in self._unbounded:
+            return False
+        if not bool(candidate.tensor.isfinite().all()):
+            self._unbounded.add(candidate.name)  # an attention mask: -inf averaged with -inf is NaN
+            return False
+        return True
+
+    def _average_for(self, candidate: Candidate, known: Pair | None) -> Tensor | None:
+        live, name = candidate.tensor, candidate.name
+        if not self.started:
+            return None
+        if self._targets is not None:
+            return self._target(candidate)
+        dtype, device = self._home(live)
+        average = None if known is None else known.average
+        if average is not None and average.shape == live.shape:
+            return average.to(device=device, dtype=dtype)
+        if average is not None:
+            warnings.warn(
+                f"{name} changed its shape from {tuple(average.shape)} to {tuple(live.shape)}: its average starts "
+                "again from the live tensor.",
+                stacklevel=2,
+            )
+        with torch.inference_mode(False), torch.no_grad():  # else an average made in a validation could not be trained
+            return torch.empty_like(live, dtype=dtype, device=device, requires_grad=False).copy_(live)
+
+    def _target(self, candidate: Candidate) -> Tensor:
+        target = None if self._targets is None else self._targets.get(candidate.name)
+        if target is None or target.shape != candidate.tensor.shape:
+            found = "has no such tensor" if target is None else f"has shape {tuple(target.shape)}"
+            raise ValueError(
+                f"into: {candidate.name} of shape {tuple(candidate.tensor.shape)} is averaged, but the module given "
+                f"as into {found}. It must be built like the averaged module; exclude=[...] leaves tensors out."
+            )
+        return target.detach()
+
+    def _home(self, live: Tensor) -> tuple[torch.dtype, torch.device]:
+        dtype = self._settings.dtype
+        if dtype is None:
+            dtype = live.dtype if torch.finfo(live.dtype).bits >= 32 else torch.float32
+        elif live.is_complex():
+            dtype = dtype.to_complex()
+        return dtype, self._settings.device or live.device
+
+    # --- noticing ---------------------------------------------------------------------------------------------------
+
+    def _arrange(self) -> None:
+        """Lays pairs of one kind side by side, and keeps what tells later that nothing has changed."""
+        holders = Counter(_storage(candidate) for candidate in self._survey.candidates)
+        ordered = sorted(self._pairs.values(), key=lambda pair: str(_kind(pair)))
+        self._ordered = ordered
+        self._lives = [pair.live for pair in ordered]
+        self._slots: list[tuple[Table, str]] = [pair.candidate.slots[0] for pair in ordered]
+        self._pointers = [live.data_ptr() for live in self._lives]
+        self._groups: list[_Group] = []
+        for pair in ordered:
+            pair.exclusive = owns_storage(pair.live) and holders[_storage(pair.candidate)] == 1
+        start = 0
+        while self.started and start < len(ordered):
+            end = start
+            while end < len(ordered) and _kind(ordered[end]) == _kind(ordered[start]):
+                end += 1
+            averages = [pair.average for pair in ordered[start:end] if pair.average is not None]
+            self._groups.append(_Group(averages, slice(start, end), _alike(ordered[start])))
+            start = end
+
+    def _adopt(self, lives: list[Tensor | None]) -> bool:
+        """Takes over buffers that were assigned anew with the same kind of tensor, as some modules do each step."""
+        changed = [(pair, live) for pair, live in zip(self._ordered, lives, strict=True) if live is not pair.live]
+        for pair, live in changed:
+            old = pair.live
+            same = live is not None and (live.shape, live.dtype, live.device) == (old.shape, old.dtype, old.device)
+            if not same or not pair.candidate.is_buffer or len(pair.candidate.slots) > 1 or not pair.exclusive:
+                return False
+        for pair, live in changed:
+            assert live is not None
+            pair.candidate = replace(pair.candidate, tensor=live)
+            pair.exclusive = owns_storage(live)
+        self._lives = [pair.live for pair in self._ordered]
+        pointers = [live.data_ptr() for live in self._lives]
+        moved = any(
+            old != new and not pair.candidate.is_buffer
+            for pair, old, new in zip(self._ordered, self._pointers, pointers, strict=True)
+        )
+        self._pointers = pointers
+        self.identities = frozenset(map(id, self._lives))
+        return not moved
+
+    def _someone_joins(self) -> bool:
+        frozen_too = self._settings.include_frozen
+        return any(joins(candidate, frozen_too) for candidate in self._waiting)
+
+    def _waiting_lazy(self) -> bool:
+        return any(torch.nn.parameter.is_lazy(candidate.tensor) for candidate in self._waiting)
+
+
+def _storage(candidate: Candidate) -> int:
+    """Where the storage lies; a number of its own for tensors without one (empty, lazy)."""
+    tensor = candidate.tensor
+    pointer = 0 if torch.nn.parameter.is_lazy(tensor) else tensor.untyped_storage().data_ptr()
+    return pointer or -id(tensor)
+
+
+def _kind(pair: Pair) -> tuple[object, ...]:
+    live, average = pair.live, pair.average
+    return live.dtype, live.device, *((average.dtype, average.device) if average is not None else ())
+
+
+def _alike(pair: Pair) -> bool:
+    return pair.average is not None and _kind(pair)[:2] == _kind(pair)[2:]

@@ -1,0 +1,354 @@
+"""The decay as a function of the step: pure mathematics, no torch.
+
+Notation, used in every formula below:
+
+* ``n``: the step, counted from 1 at the first step after ``start_step``;
+* ``d(n)``: the decay of step ``n``, in [0, 1]: ``average = d(n) * average + (1 - d(n)) * live``;
+* ``1 / (1 - d)``: the horizon, the number of steps over which the average reaches back.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What only the run knows, and a schedule may need. ``None`` where the run does not know it either.
+
+    Attributes:
+        total_steps: steps from ``start_step`` to the end of the run.
+        steps_per_epoch: steps in one epoch.
+        samples_per_step: training samples that one step consumes, over all processes.
+    """
+
+    total_steps: int | None = None
+    steps_per_epoch: float | None = None
+    samples_per_step: float | None = None
+
+    def after(self, steps: int) -> Plan:
+        """The plan as seen by a schedule that begins ``steps`` later."""
+        return self if self.total_steps is None else replace(self, total_steps=max(1, self.total_steps - steps))
+
+
+class Schedule(ABC):
+    """The decay of every step: ``schedule(n)`` for ``n = 1, 2, ...``. Pure and without state."""
+
+    @abstractmethod
+    def __call__(self, n: int) -> float:
+        """The decay ``d(n)`` of the n-th step after ``start_step``, in [0, 1]; ``n`` counts from 1."""
+
+    def product(self, after: int, upto: int) -> float:
+        """The share of the old average left by steps ``after + 1 .. upto``: ``d(after + 1) * ... * d(upto)``."""
+        return math.prod(self(n) for n in range(after + 1, upto + 1))
+
+    def bind(self, plan: Plan) -> Schedule:
+        """The same schedule with what only the run knows filled in.
+
+        Raises:
+            ValueError: the schedule needs something that ``plan`` does not know.
+        """
+        return self
+
+    @property
+    def limit(self) -> float:
+        """The decay approached for ``n`` to infinity; 1 where the horizon grows without end."""
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Constant(Schedule):
+    """``d(n) = decay``: the bare exponential moving average.
+
+    It remembers its starting point with weight ``decay ** n``; :class:`Warmup` does not.
+
+    >>> Constant(0.9)(1), round(Constant(0.9).product(0, 2), 2)
+    (0.9, 0.81)
+    """
+
+    decay: float
+
+    def __post_init__(self) -> None:
+        check_decay(self.decay, self)
+
+    def __call__(self, n: int) -> float:
+        return self.decay
+
+    def product(self, after: int, upto: int) -> float:
+        return self.decay ** (upto - after)
+
+    @property
+    def limit(self) -> float:
+        return self.decay
+
+
+@dataclass(frozen=True)
+class Warmup(Schedule):
+    """``d(n) = min(decay, (1 + n) / (offset + n))``: what a plain number means.
+
+    The horizon grows with the run, about n / 9 steps at the default offset, until it reaches that of ``decay``, so
+    that the random initial weights are forgotten. Source: TensorFlow's ``ExponentialMovingAverage(num_updates=...)``.
+
+    >>> [round(Warmup(0.9)(n), 3) for n in (1, 10, 80, 1000)]
+    [0.182, 0.55, 0.9, 0.9]
+    """
+
+    decay: float
+    offset: float = 10.0
+
+    def __post_init__(self) -> None:
+        check_decay(self.decay, self)
+        if not self.offset >= 1:
+            raise ValueError(f"Warmup: offset is {self.offset!r}; it must be at least 1 (the usual value is 10).")
+
+    def __call__(self, n: int) -> float:
+        return min(self.decay, (1 + n) / (self.offset + n))
+
+    def product(self, after: int, upto: int) -> float:
+        if self(upto) < self.decay:
+            return super().product(after, upto)
+        crossing = (self.decay * self.offset - 1) / (1 - self.decay) if self.decay < 1 else math.inf
+        ramp_end = min(upto, max(after, math.ceil(crossing)))
+        return super().product(after, ramp_end) * self.decay ** (upto - ramp_end)
+
+    @property
+    def limit(self) -> float:
+        return self.decay
+
+
+@dataclass(frozen=True)
+class HalfLife(Schedule):
+    """``d(n) = 2 ** (-1 / h)``: after ``h`` steps half of the old average is left.
+
+    Give exactly one of ``steps``, ``epochs`` and ``samples``; the last two need a run to be turned into steps.
+    Source: composer's and EDM2's half-lives.
+
+    >>> round(HalfLife(steps=100).product(0, 100), 12)
+    0.5
+    """
+
+    steps: float | None = None
+    epochs: float | None = None
+    samples: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("steps", "epochs", "samples") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"HalfLife: got {', '.join(given) or 'nothing'}; give exactly one of steps=, epochs= and samples=, "
+                "for instance HalfLife(steps=1000)."
+            )
+        value = getattr(self, given[0])
+        if not 0 < value < math.inf:
+            raise ValueError(f"HalfLife: {given[0]} is {value!r}; it must be positive and finite.")
+
+    def __call__(self, n: int) -> float:
+        return self.product(n - 1, n)
+
+    def product(self, after: int, upto: int) -> float:
+        if self.steps is None:
+            raise ValueError(
+                f"{self!r} does not know how long a step is outside a Trainer. Write HalfLife(steps=...), or use it "
+                "in EMACallback, which fills that in."
+            )
+        return math.pow(2.0, (after - upto) / self.steps)
+
+    def bind(self, plan: Plan) -> Schedule:
+        if self.epochs is not None:
+            return HalfLife(steps=self.epochs * _known(plan.steps_per_epoch, "steps per epoch", self))
+        if self.samples is not None:
+            return HalfLife(steps=self.samples / _known(plan.samples_per_step, "samples per step", self))
+        return self
+
+    @property
+    def limit(self) -> float:
+        return 1.0 if self.steps is None else self(1)
+
+
+@dataclass(frozen=True)
+class Ramp(Schedule):
+    """``d(n) = decay * (1 - exp(-n / tau))``. Source: the ``ModelEMA`` of the YOLO family (0.9999, 2000).
+
+    >>> round(Ramp(0.9999, tau=2000)(2000), 4)
+    0.6321
+    """
+
+    decay: float
+    tau: float
+
+    def __post_init__(self) -> None:
+        check_decay(self.decay, self)
+        check_positive(self.tau, "tau", self)
+
+    def __call__(self, n: int) -> float:
+        return -self.decay * math.expm1(-n / self.tau)
+
+    @property
+    def limit(self) -> float:
+        return self.decay
+
+
+@dataclass(frozen=True)
+class Annealing(Schedule):
+    """``d(n) = min(decay, n / (gamma + n))``. Source: mmengine's ``MomentumAnnealingEMA``.
+
+    >>> Annealing(0.9998, gamma=100)(100)
+    0.5
+    """
+
+    decay: float
+    gamma: float
+
+    def __post_init__(self) -> None:
+        check_decay(self.decay, self)
+        check_positive(self.gamma, "gamma", self)
+
+    def __call__(self, n: int) -> float:
+        return min(self.decay, n / (self.gamma + n))
+
+    @property
+    def limit(self) -> float:
+        return self.decay
+
+
+@dataclass(frozen=True)
+class ExponentialAnnealing(Schedule):
+    """``d(n) = decay * (1 - exp(-(n + offset) / gamma))``, a :class:`Ramp` that begins ``offset`` steps in.
+
+    Sources: mmdetection's ``ExpMomentumEMA`` (``offset=1``) and ``ExpMomentumEMAHook`` (``offset=0``); in their words
+    the rate is ``(1 - momentum) * exp(-(n + offset) / gamma) + momentum`` with ``momentum = 1 - decay``.
+
+    >>> round(ExponentialAnnealing(0.9998, gamma=2000, offset=1)(1999), 4)
+    0.632
+    """
+
+    decay: float
+    gamma: float
+    offset: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_decay(self.decay, self)
+        check_positive(self.gamma, "gamma", self)
+        if not 0 <= self.offset < math.inf:
+            raise ValueError(f"ExponentialAnnealing: offset is {self.offset!r}; it must be zero or positive.")
+
+    def __call__(self, n: int) -> float:
+        return -self.decay * math.expm1(-(n + self.offset) / self.gamma)
+
+    @property
+    def limit(self) -> float:
+        return self.decay
+
+
+@dataclass(frozen=True)
+class Cosine(Schedule):
+    """``d(n) = end - (end - start) * (cos(pi * min(n, K) / K) + 1) / 2`` with ``K = total_steps``.
+
+    ``total_steps=None`` takes the length of the run from the Trainer. Source: BYOL (0.996 to 1), DINO, MoCo v3.
+
+    >>> [round(Cosine(0.9, 1.0, total_steps=10)(n), 3) for n in (5, 10, 99)]
+    [0.95, 1.0, 1.0]
+    """
+
+    start: float
+    end: float
+    total_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        check_share(self.start, "start", self)
+        check_share(self.end, "end", self)
+        if self.total_steps is not None:
+            check_positive(self.total_steps, "total_steps", self)
+
+    def __call__(self, n: int) -> float:
+        if self.total_steps is None:
+            raise ValueError(
+                f"{self!r} does not know the length of the run. Write Cosine({self.start}, {self.end}, "
+                "total_steps=...), or use it in EMACallback, which fills that in."
+            )
+        cosine = math.cos(math.pi * min(n, self.total_steps) / self.total_steps)
+        return self.end - (self.end - self.start) * (cosine + 1) / 2
+
+    def bind(self, plan: Plan) -> Schedule:
+        if self.total_steps is not None:
+            return self
+        return replace(self, total_steps=int(_known(plan.total_steps, "total number of steps", self)))
+
+    @property
+    def limit(self) -> float:
+        return self.end
+
+
+@dataclass(frozen=True)
+class InversePower(Schedule):
+    """``d(n) = clamp(1 - (1 + n / inv_gamma) ** -power, min_decay, decay)``.
+
+    Sources: Katherine Crowson's warm-up, in timm's ``ModelEmaV3``, diffusers and ema_pytorch. ``decay=1, power=1`` is
+    equal weights, one for every ``inv_gamma`` steps.
+
+    >>> InversePower(0.9999, power=1.0)(3)
+    0.75
+    """
+
+    decay: float
+    inv_gamma: float = 1.0
+    power: float = 2 / 3
+    min_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_decay(self.decay, self)
+        check_positive(self.inv_gamma, "inv_gamma", self)
+        check_positive(self.power, "power", self)
+        check_share(self.min_decay, "min_decay", self)
+        if self.min_decay > self.decay:
+            raise ValueError(f"InversePower: min_decay {self.min_decay} is above decay {self.decay}; swap them.")
+
+    def __call__(self, n: int) -> float:
+        rise = -math.expm1(-self.power * math.log1p(n / self.inv_gamma))
+        return min(self.decay, max(self.min_decay, rise))
+
+    @property
+    def limit(self) -> float:
+        return self.decay
+
+
+def check_decay(value: float, schedule: object) -> None:
+    """Refuse a decay outside [0, 1]; warn of one that looks like a momentum (1 - decay).
+
+    Zero is exempt from the warning: it asks for a plain copy, as in ``Then(0.0, at=100, second=0.999)``.
+    """
+    check_share(value, "decay", schedule)
+    if 0 < value < 0.5:
+        warnings.warn(
+            f"{type(schedule).__name__}: decay is {value}, so each step replaces {1 - value:.3g} of the average. If "
+            f"{value} is a momentum (1 - decay, as OpenMMLab writes it), write decay={1 - value:.6g} instead.",
+            stacklevel=4,
+        )
+
+
+def check_share(value: float, name: str, schedule: object) -> None:
+    """Refuse a value that is not a number in [0, 1]."""
+    owner = type(schedule).__name__
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{owner}: {name} is {value!r}; it must be a number from 0 to 1, for instance 0.999.")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{owner}: {name} is {value!r}; it must lie in [0, 1], for instance 0.999.")
+
+
+def check_positive(value: float, name: str, schedule: object) -> None:
+    """Refuse a value that is not a positive, finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{type(schedule).__name__}: {name} is {value!r}; it must be a positive, finite number.")
+
+
+def _known(value: float | None, what: str, schedule: Schedule) -> float:
+    if value is None:
+        raise ValueError(
+            f"{schedule!r} needs the {what}, which this run does not know (a dataset without a length, no max_epochs "
+            "or max_steps, a loader without batch_size, or accumulation that changes). Write it in steps instead, "
+            "for instance HalfLife(steps=1000) or Cosine(0.99, 1.0, total_steps=10_000)."
+        )
+    return value

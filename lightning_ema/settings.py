@@ -1,0 +1,146 @@
+"""What a user asks of an average: one frozen value, checked where it is made."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+
+from lightning_ema.schedules import Schedule, Warmup
+
+DecayPer = Literal["step", "update"]
+Buffers = Literal["average", "copy", "recalibrate"]
+OnNonfinite = Literal["skip", "raise", "ignore"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of :class:`~lightning_ema.WeightAverage`, checked. Its docstring says what each means."""
+
+    decay: Schedule
+    every_n_steps: int
+    start_step: int
+    decay_per: DecayPer
+    include: tuple[str, ...] | None
+    exclude: tuple[str, ...]
+    include_frozen: bool
+    buffers: Buffers
+    dtype: torch.dtype | None
+    device: torch.device | None
+    on_nonfinite: OnNonfinite
+
+    @classmethod
+    def checked(
+        cls,
+        decay: float | Schedule | Sequence[float | Schedule],
+        every_n_steps: int,
+        start_step: int,
+        decay_per: DecayPer,
+        include: Sequence[str] | None,
+        exclude: Sequence[str],
+        include_frozen: bool,
+        buffers: Buffers,
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+        on_nonfinite: OnNonfinite,
+    ) -> Settings:
+        """Checks every argument on its own.
+
+        Raises:
+            ValueError, TypeError: naming the argument, what was given, what is accepted and what to write instead.
+        """
+        schedule = as_schedule(decay)
+        check_count(every_n_steps, "every_n_steps", at_least=1)
+        check_count(start_step, "start_step", at_least=0)
+        check_choice(decay_per, "decay_per", get_args(DecayPer))
+        if buffers == "recalibrate":
+            raise ValueError("buffers='recalibrate' is not available yet; accepted are 'average' and 'copy'.")
+        check_choice(buffers, "buffers", ("average", "copy"))
+        check_choice(on_nonfinite, "on_nonfinite", get_args(OnNonfinite))
+        _check_dtype(dtype)
+        _warn_of_interval(every_n_steps, schedule)
+        return cls(
+            decay=schedule,
+            every_n_steps=every_n_steps,
+            start_step=start_step,
+            decay_per=decay_per,
+            include=None if include is None else _patterns(include, "include"),
+            exclude=_patterns(exclude, "exclude"),
+            include_frozen=include_frozen,
+            buffers=buffers,
+            dtype=dtype,
+            device=None if device is None else torch.device(device),
+            on_nonfinite=on_nonfinite,
+        )
+
+    def as_arguments(self) -> dict[str, Any]:
+        """The keyword arguments of :class:`~lightning_ema.WeightAverage` that give these settings again."""
+        return dict(vars(self))
+
+    def describe(self) -> dict[str, str | int | bool]:
+        """Plain numbers and strings, for a checkpoint."""
+        return {name: v if isinstance(v, (bool, int, str)) else repr(v) for name, v in vars(self).items()}
+
+
+def as_schedule(decay: float | Schedule | Sequence[float | Schedule]) -> Schedule:
+    """A schedule as it is; a number ``d`` as ``Warmup(d)``."""
+    if isinstance(decay, Schedule):
+        return decay
+    if isinstance(decay, Sequence) and not isinstance(decay, str):
+        raise ValueError(
+            f"decay={list(decay)!r}: one average follows one decay for now. Add one EMACallback for each, with names "
+            "of their own and evaluate='live' on all but one: EMACallback(0.99, name='fast', evaluate='live')."
+        )
+    if isinstance(decay, bool) or not isinstance(decay, (int, float)):
+        raise TypeError(
+            f"decay is {decay!r}; it must be a number in [0, 1] or a Schedule, for instance 0.999 or "
+            "Cosine(0.99, 1.0, total_steps=10_000)."
+        )
+    return Warmup(decay)
+
+
+def check_count(value: int, name: str, at_least: int) -> None:
+    """Refuse what is not a whole number of at least ``at_least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r}; it must be a whole number of at least {at_least}.")
+    if value < at_least:
+        raise ValueError(f"{name} is {value}; it must be at least {at_least}.")
+
+
+def check_choice(value: str, name: str, accepted: tuple[str, ...]) -> None:
+    """Refuse a word that is not among the accepted ones."""
+    if value not in accepted:
+        raise ValueError(f"{name} is {value!r}; accepted are {', '.join(map(repr, accepted))}.")
+
+
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is None:
+        return
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype is {dtype!r}; it must be a torch dtype, for instance torch.float32.")
+    if not (dtype.is_floating_point or dtype.is_complex) or torch.finfo(dtype).bits < 32:
+        raise ValueError(
+            f"dtype is {dtype}; an average needs at least float32 - at a decay of 0.9999 one of 16 bits stops moving. "
+            "Write torch.float32 or torch.float64, or leave it out."
+        )
+
+
+def _patterns(patterns: Sequence[str], name: str) -> tuple[str, ...]:
+    if isinstance(patterns, str):
+        raise TypeError(f"{name} is the string {patterns!r}; it must be a list of patterns: {name}=[{patterns!r}].")
+    return tuple(patterns)
+
+
+def _warn_of_interval(every_n_steps: int, schedule: Schedule) -> None:
+    """Between updates states go unseen, and the mean age shortens by up to (every_n_steps - 1) / 2 steps."""
+    rate = 1 - schedule.limit
+    if every_n_steps > 1 and every_n_steps * rate > 0.1:
+        warnings.warn(
+            f"every_n_steps={every_n_steps} is more than a tenth of the horizon 1 / (1 - decay) = {1 / rate:.4g} "
+            f"steps, so the average sees few of the states it is made of. Use every_n_steps="
+            f"{max(1, int(0.1 / rate))} or a decay nearer to 1.",
+            stacklevel=4,
+        )
