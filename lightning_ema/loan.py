@@ -136,7 +136,7 @@ class Loan:
         torch.clear_autocast_cache()
         with torch.inference_mode(False), torch.no_grad():
             while self._lent:  # one by one, so that a recall interrupted by Ctrl-C can be taken up again
-                name, lent = next(iter(self._lent.items()))
+                name, lent = next(reversed(self._lent.items()))  # last lent first: storages may overlap
                 _return(lent)
                 del self._lent[name]
         self.active = False

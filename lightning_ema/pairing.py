@@ -149,7 +149,9 @@ class Pairing:
             for candidate in self._survey.candidates
             if not candidate.is_buffer and candidate.name not in self._pairs and self._allowed(candidate)
         ]
-        self.identities = frozenset(id(pair.live) for pair in self._pairs.values())
+        self.identities = frozenset(
+            id(tensor) for p in self._pairs.values() for tensor in (p.live, *p.candidate.aliases)
+        )
         self._arrange()
 
     def _allowed(self, candidate: Candidate) -> bool:
@@ -217,7 +219,8 @@ class Pairing:
         self._pointers = [live.data_ptr() for live in self._lives]
         self._groups: list[_Group] = []
         for pair in ordered:
-            pair.exclusive = owns_storage(pair.live) and holders[_storage(pair.candidate)] == 1
+            unshared = holders[_storage(pair.candidate)] == 1 and not pair.candidate.aliases
+            pair.exclusive = unshared and owns_storage(pair.live)
         start = 0
         while self.started and start < len(ordered):
             end = start
@@ -246,7 +249,7 @@ class Pairing:
             for pair, old, new in zip(self._ordered, self._pointers, pointers, strict=True)
         )
         self._pointers = pointers
-        self.identities = frozenset(map(id, self._lives))
+        self.identities |= frozenset(map(id, self._lives))
         return not moved
 
     def _someone_joins(self) -> bool:

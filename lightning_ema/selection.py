@@ -32,12 +32,14 @@ class Candidate:
         names: its qualified names, wrapper prefixes left out; several where it is tied.
         slots: where it hangs: ``table[leaf]`` for each of its places in the module.
         tensor: the tensor found there.
+        aliases: other tensors of the module on the very same memory, such as a second ``Parameter(first.data)``.
         is_buffer: whether it is a buffer rather than a parameter.
     """
 
     names: tuple[str, ...]
     slots: tuple[tuple[Table, str], ...]
     tensor: Tensor
+    aliases: tuple[Tensor, ...]
     is_buffer: bool
 
     @property
@@ -55,8 +57,7 @@ class Survey:
 
     def __init__(self, module: nn.Module) -> None:
         self.owner = type(module).__name__
-        places: dict[int, list[tuple[str, Table, str]]] = {}
-        tensors: dict[int, tuple[Tensor, bool]] = {}
+        places: dict[object, list[_Place]] = {}
         self._children: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
         self._tables: list[dict[str, Tensor | None] | dict[str, nn.Module | None]] = []
         for path, owner in _modules(module):
@@ -66,22 +67,12 @@ class Survey:
             volatile = transient_buffers(owner)
             for table, is_buffer in ((parameters, False), (buffers, True)):
                 for leaf, tensor in table.items():
-                    if tensor is None or (is_buffer and (leaf in volatile or not _floats(tensor))):
-                        continue
-                    if not is_lazy(tensor) and not _floats(tensor):
-                        continue  # quantized weights are stored as integers
-                    places.setdefault(id(tensor), []).append((f"{path}{leaf}", table, leaf))
-                    tensors[id(tensor)] = (tensor, is_buffer)
+                    # quantized weights are stored as integers, and stay out like integer buffers
+                    if tensor is not None and _floats(tensor) and not (is_buffer and leaf in volatile):
+                        place = _Place(f"{path}{leaf}", table, leaf, tensor, is_buffer)
+                        places.setdefault(_memory(tensor), []).append(place)
         self._size = sum(map(len, self._tables))
-        self.candidates = [
-            Candidate(
-                names=tuple(dict.fromkeys(name for name, _, _ in places[key])),
-                slots=tuple((table, leaf) for _, table, leaf in places[key]),
-                tensor=tensor,
-                is_buffer=is_buffer,
-            )
-            for key, (tensor, is_buffer) in tensors.items()
-        ]
+        self.candidates = [_candidate(alike) for alike in places.values()]
 
     def holds(self) -> bool:
         """Whether the module still has the same submodules and as many tensors. About 0.2 us a submodule."""
@@ -89,6 +80,36 @@ class Survey:
             if table.get(leaf) is not child:
                 return False
         return sum(map(len, self._tables)) == self._size
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    name: str
+    table: Table
+    leaf: str
+    tensor: Tensor
+    is_buffer: bool
+
+
+def _candidate(places: list[_Place]) -> Candidate:
+    """One candidate for all places that show the same memory."""
+    tensor = next((place.tensor for place in places if place.tensor.requires_grad), places[0].tensor)
+    aliases = {id(place.tensor): place.tensor for place in places if place.tensor is not tensor}
+    return Candidate(
+        names=tuple(dict.fromkeys(place.name for place in places)),
+        slots=tuple((place.table, place.leaf) for place in places if place.tensor is tensor),
+        tensor=tensor,
+        aliases=tuple(aliases.values()),
+        is_buffer=places[0].is_buffer,
+    )
+
+
+def _memory(tensor: Tensor) -> object:
+    """Equal for tensors that show the same memory in the same way."""
+    pointer = 0 if is_lazy(tensor) else tensor.data_ptr()
+    if pointer == 0:  # not there yet, empty, or on the meta device
+        return id(tensor)
+    return pointer, tensor.dtype, tensor.shape, tensor.stride()
 
 
 def joins(candidate: Candidate, include_frozen: bool) -> bool:

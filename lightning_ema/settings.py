@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -136,11 +137,12 @@ def _patterns(patterns: Sequence[str], name: str) -> tuple[str, ...]:
 
 def _warn_of_interval(every_n_steps: int, schedule: Schedule) -> None:
     """Between updates states go unseen, and the mean age shortens by up to (every_n_steps - 1) / 2 steps."""
-    rate = 1 - schedule.limit
-    if every_n_steps > 1 and every_n_steps * rate > 0.1:
+    horizon = 1 / (1 - schedule.limit) if schedule.limit < 1 else math.inf
+    largest = 0.1 * horizon + 1e-6  # 1 / (1 - 0.99) is a little below 100
+    if every_n_steps > max(1, largest):
         warnings.warn(
-            f"every_n_steps={every_n_steps} is more than a tenth of the horizon 1 / (1 - decay) = {1 / rate:.4g} "
-            f"steps, so the average sees few of the states it is made of. Use every_n_steps="
-            f"{max(1, int(0.1 / rate))} or a decay nearer to 1.",
+            f"every_n_steps={every_n_steps} is more than a tenth of the horizon 1 / (1 - decay) = {horizon:.4g} "
+            "steps, so the average sees few of the states it is made of. Use every_n_steps="
+            f"{max(1, int(largest))} or a decay nearer to 1.",
             stacklevel=4,
         )

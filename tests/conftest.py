@@ -1,0 +1,47 @@
+import weakref
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class _Allocations(TorchDispatchMode):
+    """Counts the bytes of storage that operators bring into being: all of them, and the most alive at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = self.alive = self.peak = 0
+        self._known = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        before = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in before:
+                self._born(tensor.untyped_storage())
+        return result
+
+    def _born(self, storage):
+        pointer, size = storage.data_ptr(), storage.nbytes()
+        if pointer in self._known or size == 0:
+            return
+        self._known[pointer] = size
+        self.total += size
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._died, pointer)
+
+    def _died(self, pointer):
+        self.alive -= self._known.pop(pointer, 0)
+
+
+@pytest.fixture
+def count_allocations():
+    @contextmanager
+    def counting():
+        with _Allocations() as allocations:
+            yield allocations
+
+    return counting

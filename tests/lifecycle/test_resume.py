@@ -1,0 +1,145 @@
+"""Promise 3: a run taken up from a file ends bit for bit where the uninterrupted run does."""
+
+import pytest
+import torch
+from helpers import BATCHES, Regression, clones, ema, equal, fit, loader, seeded, trainer
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_ema import Constant, Cosine, EMACallback, Equal
+
+SITUATIONS = {
+    "plain": ({}, {}, {}),
+    "no batch norm": ({"norm": False}, {}, {}),
+    "dropout-free bf16-true": ({"norm": False}, {"precision": "bf16-true"}, {}),
+    "bf16-mixed": ({"norm": False}, {"precision": "bf16-mixed"}, {}),
+    "accumulation": ({}, {"accumulate_grad_batches": 4}, {}),
+    "copied buffers": ({}, {}, {"buffers": "copy"}),
+    "interval": ({}, {}, {"every_n_steps": 5, "decay": Constant(0.99)}),
+    "interval longer than the epoch": ({}, {}, {"every_n_steps": 8, "decay": Constant(0.99)}),
+    "started by then": ({}, {}, {"start_step": 4}),
+    "not started by then": ({}, {}, {"start_step": 15}),
+    "start epoch, started": ({}, {}, {"start_epoch": 1}),
+    "start epoch, not started": ({}, {}, {"start_epoch": 2}),
+    "equal weights": ({}, {}, {"decay": Equal()}),
+    "cosine over the run": ({}, {}, {"decay": Cosine(0.5, 1.0)}),
+    "evaluated live": ({}, {}, {"evaluate": "live"}),
+    "float64 average": ({}, {}, {"dtype": torch.float64}),
+    "live after fit": ({}, {}, {"after_fit": "live"}),
+}
+
+
+class Optimizers(Callback):
+    def on_train_end(self, trainer, pl_module):
+        self.states = [clones(state) for state in trainer.optimizers[0].state_dict()["state"].values()]
+
+
+def run(module, callback, **kwargs):
+    optimizers = Optimizers()
+    fit(seeded(**module), callback, optimizers, max_epochs=4, **kwargs)
+    average = callback.average
+    counters = {k: v for k, v in average.state_dict().items() if isinstance(v, (int, bool))}
+    return clones(average.named_live()), clones(average.named_tensors()), counters, optimizers.states
+
+
+@pytest.mark.filterwarnings("ignore:every_n_steps")
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_from_the_end_of_an_epoch(situation, tmp_path):
+    module, settings, callback = SITUATIONS[situation]
+    saving = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+    optimizers = Optimizers()
+    whole = EMACallback(**{"decay": 0.9, **callback})
+    fit(seeded(**module), whole, optimizers, saving, max_epochs=4, enable_checkpointing=True, **settings)
+    again = EMACallback(**{"decay": 0.9, **callback})
+    live, average, counters, states = run(module, again, ckpt_path=tmp_path / "epoch=1.ckpt", **settings)
+    assert equal(live, whole.average.named_live())
+    assert equal(average, whole.average.named_tensors())
+    assert counters == {k: v for k, v in whole.average.state_dict().items() if isinstance(v, (int, bool))}
+    assert all(equal(a, b) for a, b in zip(states, optimizers.states, strict=True))
+
+
+def test_fit_twice_goes_on_from_the_live_weights():
+    whole = ema()
+    fit(seeded(), whole, max_epochs=4)
+    halves, module = ema(), seeded()
+    this = fit(module, halves, max_epochs=2)
+    assert not equal(halves.average.named_live(), halves.average.named_tensors())
+    this.fit_loop.max_epochs = 4
+    this.fit(module, loader(), loader(2))
+    # the optimizer is made anew by a second fit, so only the counters and the start can be compared
+    assert halves.average.num_updates == whole.average.num_updates == 4 * BATCHES
+
+
+@pytest.mark.parametrize("after_fit", ["average", "live"])
+def test_a_second_fit_begins_with_the_live_weights(after_fit):
+    callback, module = ema(after_fit=after_fit), seeded()
+    fit(module, callback)
+    live = clones(callback.average.named_live())
+    seen = {}
+
+    class First(Callback):
+        def on_train_start(self, trainer, pl_module):
+            seen.update(clones(pl_module.state_dict()))
+
+    fit(module, callback, First())
+    assert equal({name: seen[name] for name in live}, live)
+    assert callback.average.num_updates == 4 * BATCHES
+
+
+@pytest.mark.parametrize("after_fit", ["average", "live"])
+def test_weights_that_the_user_loads_between_two_fits_count(after_fit, caplog):
+    callback, module = ema(after_fit=after_fit), seeded()
+    fit(module, callback)
+    loaded = seeded().state_dict()
+    module.load_state_dict(loaded)
+    seen = {}
+
+    class First(Callback):
+        def on_train_start(self, trainer, pl_module):
+            seen.update(clones(pl_module.state_dict()))
+
+    with caplog.at_level("INFO"):
+        fit(module, callback, First())
+    assert equal(seen, loaded)
+    assert callback.average.num_updates == 2 * BATCHES
+    assert "changed since the end of fit" in caplog.text
+
+
+def test_another_module_starts_anew():
+    callback = ema()
+    fit(seeded(), callback)
+    other = seeded(norm=False)
+    fit(other, callback)
+    assert callback.average.module is other
+    assert callback.average.num_updates == 2 * BATCHES
+
+
+def test_a_plain_checkpoint_is_gone_on_from(tmp_path, caplog):
+    fit(seeded()).save_checkpoint(tmp_path / "plain.ckpt")
+    callback = ema()
+    with caplog.at_level("INFO"):
+        fit(seeded(), callback, max_epochs=3, ckpt_path=tmp_path / "plain.ckpt")
+    assert callback.average.num_updates == BATCHES
+
+
+def test_a_file_whose_average_has_another_name_is_refused(tmp_path):
+    fit(seeded(), ema(name="slow")).save_checkpoint(tmp_path / "x.ckpt")
+    with pytest.raises(
+        ValueError, match=r"no average under EMACallback\{'name': 'ema'\}, but under EMACallback\{'name': 'slow'\}"
+    ):
+        fit(seeded(), ema(), max_epochs=3, ckpt_path=tmp_path / "x.ckpt")
+
+
+def test_evaluating_a_file_leaves_the_callback_as_it_is(tmp_path):
+    callback, module = ema(after_fit="live"), seeded()
+    this = fit(module, callback)
+    this.save_checkpoint(tmp_path / "x.ckpt")
+    other = ema()
+    trainer(other).validate(seeded(), loader(1), ckpt_path=tmp_path / "x.ckpt", verbose=False)
+    assert other.average is None
+
+
+def test_the_deliverable_loads_without_the_library(tmp_path):
+    callback, module = ema(), seeded()
+    fit(module, callback).save_checkpoint(tmp_path / "x.ckpt")
+    assert equal(Regression.load_from_checkpoint(tmp_path / "x.ckpt").state_dict(), module.state_dict())

@@ -1,0 +1,59 @@
+"""Imports point one way: from the Trainer down to pure mathematics."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import lightning_ema
+
+ROOT = Path(lightning_ema.__file__).parent
+LAYERS = [
+    {"schedules"},
+    {"compositions", "advice", "selection", "kernels", "steps"},
+    {"settings", "loan"},
+    {"pairing"},
+    {"average"},
+    {"checkpoint", "trainer_facts", "save_hook"},
+    {"callback"},
+    {"__init__"},
+]
+LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
+ALLOWED_OUTSIDE = {
+    "schedules": set(),
+    "compositions": set(),
+    "advice": set(),
+    "checkpoint": {"torch"},
+    **{name: {"lightning", "torch"} for name in ("callback", "trainer_facts", "save_hook")},
+    "selection": {"torch", "torchmetrics"},
+}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "write imports in full"
+            names = [f"{node.module}.{a.name}" for a in node.names] if node.module == "lightning_ema" else [node.module]
+            yield from names
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.stem)
+def test_imports_point_down(path):
+    for name in imports(path):
+        package, *rest = name.split(".")
+        if package == "lightning_ema":
+            assert LEVEL[rest[0]] < LEVEL[path.stem], f"{path.stem} imports {rest[0]}"
+        elif package in ("torch", "torchmetrics", "lightning"):
+            assert package in ALLOWED_OUTSIDE.get(path.stem, {"torch"}), f"{path.stem} imports {package}"
+
+
+def test_all_public_names_are_there_and_documented():
+    for name in lightning_ema.__all__:
+        assert getattr(lightning_ema, name).__doc__, name
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.stem)
+def test_files_stay_small(path):
+    assert len(path.read_text().splitlines()) <= 400

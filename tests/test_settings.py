@@ -1,0 +1,73 @@
+import warnings
+
+import pytest
+import torch
+
+from lightning_ema import Constant, EMACallback, Warmup, WeightAverage
+
+BAD = [
+    ({"decay": 1.5}, ValueError, r"decay is 1.5; it must lie in \[0, 1\]"),
+    ({"decay": -0.1}, ValueError, r"decay is -0.1; it must lie in"),
+    ({"decay": "0.9"}, TypeError, "decay is '0.9'; it must be a number in .* or a Schedule"),
+    ({"decay": True}, TypeError, "decay is True"),
+    ({"decay": [0.9, 0.99]}, ValueError, r"decay=\[0.9, 0.99\]: one average follows one decay .*evaluate='live'"),
+    ({"every_n_steps": 0}, ValueError, "every_n_steps is 0; it must be at least 1"),
+    ({"every_n_steps": -3}, ValueError, "every_n_steps is -3"),
+    ({"every_n_steps": 2.0}, TypeError, "every_n_steps is 2.0; it must be a whole number"),
+    ({"start_step": -1}, ValueError, "start_step is -1; it must be at least 0"),
+    ({"decay_per": "epoch"}, ValueError, "decay_per is 'epoch'; accepted are 'step', 'update'"),
+    ({"include": "net.*"}, TypeError, r"include is the string 'net.\*'; it must be a list .*include=\['net"),
+    ({"exclude": "net.*"}, TypeError, "exclude is the string"),
+    ({"buffers": "recalibrate"}, ValueError, "buffers='recalibrate' is not available yet; accepted are 'average'"),
+    ({"buffers": "ignore"}, ValueError, "buffers is 'ignore'; accepted are 'average', 'copy'"),
+    ({"dtype": torch.bfloat16}, ValueError, "an average needs at least float32"),
+    ({"dtype": torch.int64}, ValueError, "an average needs at least float32"),
+    ({"dtype": "float32"}, TypeError, "dtype is 'float32'; it must be a torch dtype"),
+    ({"on_nonfinite": "warn"}, ValueError, "on_nonfinite is 'warn'; accepted are 'skip', 'raise', 'ignore'"),
+]
+
+
+@pytest.mark.parametrize("make", [EMACallback, lambda **kw: WeightAverage(torch.nn.Linear(1, 1), **kw)])
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD, ids=lambda v: str(v)[:30])
+def test_bad_arguments_are_refused_at_construction(make, arguments, error, message):
+    with pytest.raises(error, match=message):
+        make(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"evaluate": "both"}, "evaluate='both' is not available yet; accepted are 'average' and 'live'"),
+        ({"evaluate": "ema"}, "evaluate is 'ema'; accepted are 'average', 'live'"),
+        ({"after_fit": "both"}, "after_fit is 'both'; accepted are 'average', 'live'"),
+        ({"start_epoch": -1}, "start_epoch is -1; it must be at least 0"),
+        ({"name": ""}, "name is ''; it must be a word"),
+    ],
+)
+def test_the_callbacks_own_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        EMACallback(**arguments)
+
+
+def test_a_number_is_warmed_up_and_a_schedule_is_taken_as_it_is():
+    assert EMACallback(0.99).settings.decay == Warmup(0.99)
+    assert EMACallback(Constant(0.99)).settings.decay == Constant(0.99)
+
+
+def test_an_interval_beyond_a_tenth_of_the_horizon_warns_with_what_would_fit():
+    with pytest.warns(
+        UserWarning, match=r"every_n_steps=20 is more than a tenth of the horizon .* = 100 steps.* every_n_steps=10"
+    ):
+        EMACallback(0.99, every_n_steps=20)
+
+
+@pytest.mark.parametrize(("decay", "every_n_steps"), [(0.99, 10), (0.9, 1), (Constant(1.0), 10**6)])
+def test_an_interval_within_a_tenth_of_the_horizon_does_not(decay, every_n_steps):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        EMACallback(decay, every_n_steps=every_n_steps)
+
+
+def test_settings_come_back_from_their_own_arguments():
+    average = WeightAverage(torch.nn.Linear(1, 1), 0.9, start_step=3, exclude=["bias"], dtype=torch.float64)
+    assert WeightAverage(average.module, **average.settings.as_arguments()).settings == average.settings
