@@ -108,6 +108,7 @@ class WeightAverage:
         self._schedule = self.settings.decay
         self._loan: Loan | None = None
         self._delivery: Loan | None = None
+        self._no_grad = torch.no_grad()
         self._pairing = Pairing(module, self.settings, into)
         if start_step == 0:
             self.start()
@@ -126,15 +127,17 @@ class WeightAverage:
         """
         if self._loan is not None or self._delivery is not None:
             self._refuse_during_loan("step")
+            self._loan = None  # it has ended
         if n < 0:
             raise ValueError(f"step({n}): the number of steps since the last call cannot be negative.")
-        before, self.num_steps = self.num_steps, self.num_steps + n
-        if not self.started:
-            if self.num_steps >= self.start_step:
+        before = self.num_steps - self.start_step
+        self.num_steps += n
+        if not self._pairing.started:
+            if before + n >= 0:
                 self.start()
             return False
         every = self.settings.every_n_steps
-        if (self.num_steps - self.start_step) // every == (before - self.start_step) // every:
+        if (before + n) // every == before // every:
             return False
         return self._update()
 
@@ -144,7 +147,7 @@ class WeightAverage:
             decay = self._schedule(upto)
         else:
             decay = self._schedule.product(after, upto)
-        with torch.no_grad():
+        with self._no_grad:
             lives = self._pairing.lives()
             if self.settings.on_nonfinite != "ignore" and not all_finite(lives):
                 if self.settings.on_nonfinite == "raise":
@@ -182,13 +185,12 @@ class WeightAverage:
         self._schedule = self.settings.decay.bind(plan)
 
     def refresh(self) -> None:
-        """Looks for tensors that were unfrozen, added, replaced or moved since the last update.
+        """Lets parameters join that were unfrozen or added since the last update, with the values they have now.
 
-        Every update does this by itself. Called before a step, it lets a parameter join with its value before that
-        step.
+        Every update does this by itself; called before a step, it spares them that step's change.
         """
         if self._delivery is None:
-            self._pairing.refresh_if_stale()
+            self._pairing.admit()
 
     # --- the loan ---------------------------------------------------------------------------------------------------
 
@@ -205,7 +207,8 @@ class WeightAverage:
             RuntimeError: a loan is running already; loans do not nest.
         """
         self._refuse_during_loan("lend")
-        self.refresh()
+        if not self.delivered:
+            self._pairing.refresh_if_stale()
         pairs = () if self.delivered else self._pairing.pairs()
         self._loan = Loan(pairs, copy=copy, in_place=False)
         return self._loan
@@ -238,7 +241,7 @@ class WeightAverage:
         Contents change places, so that this needs no memory where average and module are of one dtype.
         """
         self._refuse_during_loan("deliver")
-        self.refresh()
+        self._pairing.refresh_if_stale()
         self._delivery = Loan(self._pairing.pairs(), copy=False, in_place=True)
 
     def take_back(self) -> None:
@@ -274,7 +277,11 @@ class WeightAverage:
     def owns(self, optimizer: Any) -> bool:
         """Whether the optimizer trains a tensor that is averaged."""
         owned = self._pairing.identities
-        return any(id(p) in owned for group in optimizer.param_groups for p in group["params"])
+        for group in optimizer.param_groups:  # plain loops: this runs at every step, and the first tensor decides
+            for parameter in group["params"]:
+                if id(parameter) in owned:
+                    return True
+        return False
 
     def distance(self) -> float:
         """``||live - average|| / ||live||`` over all averaged tensors. Waits for an accelerator."""

@@ -26,6 +26,7 @@ Evaluate = Literal["average", "live", "both"]
 AfterFit = Literal["average", "live"]
 
 
+@trainer_facts.known_to_pytorch_lightning
 class EMACallback(Callback):
     """Keeps an average of the weights while a model trains; evaluates, saves and delivers the average.
 

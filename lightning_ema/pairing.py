@@ -6,14 +6,13 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from operator import is_
 
 import torch
 from torch import Tensor, nn
 
 from lightning_ema.kernels import lerp_, lerp_cast_
 from lightning_ema.loan import Pair
-from lightning_ema.selection import Candidate, Survey, Table, check_patterns, joins, owns_storage
+from lightning_ema.selection import Candidate, Survey, check_patterns, joins, owns_storage
 from lightning_ema.settings import Settings
 
 
@@ -85,19 +84,19 @@ class Pairing:
         self.refresh_if_stale()
         return self._lives
 
-    def refresh_if_stale(self) -> None:
-        """Pairs again if a tensor was unfrozen, added, replaced, moved or cast since the last time."""
+    def admit(self) -> None:
+        """Lets parameters join that were unfrozen or added since the last update, with the values they have now."""
         if not self._survey.holds() or self._someone_joins():
             self._refresh()
-            return
-        try:
-            lives = [table[leaf] for table, leaf in self._slots]
-            pointers = [live.data_ptr() for live in lives]  # type: ignore[union-attr]
-        except (KeyError, AttributeError):
-            self._refresh()
-            return
-        if (pointers != self._pointers or not all(map(is_, lives, self._lives))) and not self._adopt(lives):
-            self._refresh()
+
+    def refresh_if_stale(self) -> None:
+        """Pairs again if a tensor was unfrozen, added, replaced, moved or cast since the last time."""
+        self.admit()
+        for table, leaf, live, pointer in self._expected:
+            if table.get(leaf) is not live or live.data_ptr() != pointer:
+                if not self._adopt():
+                    self._refresh()
+                return
 
     def load(self, averages: dict[str, Tensor]) -> None:
         """Takes the averages over by name. Parameters that do not take part yet, such as frozen ones, join.
@@ -214,9 +213,7 @@ class Pairing:
         holders = Counter(_storage(candidate) for candidate in self._survey.candidates)
         ordered = sorted(self._pairs.values(), key=lambda pair: str(_kind(pair)))
         self._ordered = ordered
-        self._lives = [pair.live for pair in ordered]
-        self._slots: list[tuple[Table, str]] = [pair.candidate.slots[0] for pair in ordered]
-        self._pointers = [live.data_ptr() for live in self._lives]
+        self._expect()
         self._groups: list[_Group] = []
         for pair in ordered:
             unshared = holders[_storage(pair.candidate)] == 1 and not pair.candidate.aliases
@@ -230,31 +227,29 @@ class Pairing:
             self._groups.append(_Group(averages, slice(start, end), _alike(ordered[start])))
             start = end
 
-    def _adopt(self, lives: list[Tensor | None]) -> bool:
-        """Takes over buffers that were assigned anew with the same kind of tensor, as some modules do each step."""
-        changed = [(pair, live) for pair, live in zip(self._ordered, lives, strict=True) if live is not pair.live]
-        for pair, live in changed:
-            old = pair.live
-            same = live is not None and (live.shape, live.dtype, live.device) == (old.shape, old.dtype, old.device)
-            if not same or not pair.candidate.is_buffer or len(pair.candidate.slots) > 1 or not pair.exclusive:
-                return False
-        for pair, live in changed:
-            assert live is not None
-            pair.candidate = replace(pair.candidate, tensor=live)
-            pair.exclusive = owns_storage(live)
+    def _expect(self) -> None:
         self._lives = [pair.live for pair in self._ordered]
-        pointers = [live.data_ptr() for live in self._lives]
-        moved = any(
-            old != new and not pair.candidate.is_buffer
-            for pair, old, new in zip(self._ordered, self._pointers, pointers, strict=True)
-        )
-        self._pointers = pointers
-        self.identities |= frozenset(map(id, self._lives))
-        return not moved
+        self._expected = [(*pair.candidate.slots[0], pair.live, pair.live.data_ptr()) for pair in self._ordered]
+
+    def _adopt(self) -> bool:
+        """Takes over buffers that were assigned anew with the same kind of tensor, as some modules do each step."""
+        changed: list[tuple[Pair, Tensor]] = []
+        for pair, (table, leaf, old, pointer) in zip(self._ordered, self._expected, strict=True):
+            new = table.get(leaf)
+            if new is old and old.data_ptr() == pointer:
+                continue
+            same = new is not None and (new.shape, new.dtype, new.device) == (old.shape, old.dtype, old.device)
+            if new is None or not same or not pair.candidate.is_buffer or len(pair.candidate.slots) > 1:
+                return False
+            changed.append((pair, new))
+        for pair, new in changed:
+            pair.candidate = replace(pair.candidate, tensor=new)
+            pair.exclusive = pair.exclusive and owns_storage(new)
+        self._expect()
+        return True
 
     def _someone_joins(self) -> bool:
-        frozen_too = self._settings.include_frozen
-        return any(joins(candidate, frozen_too) for candidate in self._waiting)
+        return bool(self._waiting) and any(joins(c, self._settings.include_frozen) for c in self._waiting)
 
     def _waiting_lazy(self) -> bool:
         return any(torch.nn.parameter.is_lazy(candidate.tensor) for candidate in self._waiting)

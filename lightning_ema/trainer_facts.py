@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from importlib.metadata import PackageNotFoundError, version
+from typing import TypeVar, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_ema.schedules import Plan
+
+_Kind = TypeVar("_Kind", bound=type)
 
 _UNSUPPORTED = {
     "FSDPStrategy": "it flattens parameters, so that they have no names of their own",
     "DeepSpeedStrategy": "it keeps the weights in partitions of its own",
     "ModelParallelStrategy": "sharded averages are not available yet",
 }
+
+
+def known_to_pytorch_lightning(kind: _Kind) -> _Kind:
+    """Makes a callback class one of ``pytorch_lightning`` too, where that package is older than 2.6.
+
+    Its Trainer refuses there what does not derive from its own ``Callback``, the same class under another name.
+    """
+    try:
+        major, minor = version("pytorch_lightning").split(".")[:2]
+    except PackageNotFoundError:
+        return kind
+    if (int(major), int(minor)) < (2, 6):
+        import pytorch_lightning
+
+        kind.__bases__ = (*kind.__bases__, pytorch_lightning.Callback)
+    return kind
 
 
 def is_fitting(trainer: Trainer) -> bool:

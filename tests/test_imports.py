@@ -24,7 +24,8 @@ ALLOWED_OUTSIDE = {
     "compositions": set(),
     "advice": set(),
     "checkpoint": {"torch"},
-    **{name: {"lightning", "torch"} for name in ("callback", "trainer_facts", "save_hook")},
+    **{name: {"lightning", "torch"} for name in ("callback", "save_hook")},
+    "trainer_facts": {"lightning", "pytorch_lightning"},
     "selection": {"torch", "torchmetrics"},
 }
 
@@ -45,7 +46,7 @@ def test_imports_point_down(path):
         package, *rest = name.split(".")
         if package == "lightning_ema":
             assert LEVEL[rest[0]] < LEVEL[path.stem], f"{path.stem} imports {rest[0]}"
-        elif package in ("torch", "torchmetrics", "lightning"):
+        elif package in ("torch", "torchmetrics", "lightning", "pytorch_lightning"):
             assert package in ALLOWED_OUTSIDE.get(path.stem, {"torch"}), f"{path.stem} imports {package}"
 
 
