@@ -13,11 +13,8 @@ from lightning_ema.kernels import all_finite, relative_distance
 from lightning_ema.loan import Loan
 from lightning_ema.pairing import Pairing
 from lightning_ema.schedules import Plan, Schedule
-from lightning_ema.selection import Survey
 from lightning_ema.settings import Buffers, DecayPer, OnNonfinite, Settings
-
-FORMAT = 1
-"""The format of a state dict. A file with a higher number is refused."""
+from lightning_ema.state import FORMAT, check_state
 
 
 class WeightAverage:
@@ -255,10 +252,6 @@ class WeightAverage:
         """Whether the module holds the average since :meth:`deliver`."""
         return self._delivery is not None
 
-    def versions(self) -> list[tuple[Tensor, int]]:
-        """Every parameter of the module as it is now, and how often it was written to."""
-        return [(c.tensor, c.tensor._version) for c in Survey(self.module).candidates if not c.is_buffer]
-
     # --- what there is ----------------------------------------------------------------------------------------------
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -344,19 +337,3 @@ class WeightAverage:
             f"{', ...' if len(names) > 4 else ''}. The average was left as it is. Lower the learning rate or clip the "
             "gradients; on_nonfinite='skip' goes on without these updates."
         )
-
-
-def check_state(state: dict[str, Any]) -> None:
-    """Refuse a state that this version cannot read.
-
-    Raises:
-        ValueError: naming the format found, or the entries missing.
-    """
-    if state.get("format") != FORMAT:
-        raise ValueError(
-            f"the state has format {state.get('format')!r}; this version of lightning_ema reads format {FORMAT}. "
-            "Update lightning_ema to read files that a newer one wrote."
-        )
-    needed = {"num_steps", "num_updates", "num_skipped", "last_update_step", "start_step", "started", "average"}
-    if missing := sorted(needed - state.keys()):
-        raise ValueError(f"the state lacks {', '.join(missing)}; it is damaged or was not written by lightning_ema.")

@@ -9,17 +9,18 @@ from typing import Any, Literal, get_args
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
 
 from lightning_ema import checkpoint as checkpoints
 from lightning_ema import trainer_facts
 from lightning_ema.advice import still_rising, too_long
 from lightning_ema.average import WeightAverage
+from lightning_ema.checks import check_choice, check_count
+from lightning_ema.footprint import Footprint
 from lightning_ema.loan import Loan
 from lightning_ema.save_hook import SaveHook
 from lightning_ema.schedules import Schedule, Warmup
 from lightning_ema.selection import Survey
-from lightning_ema.settings import Buffers, DecayPer, OnNonfinite, Settings, check_choice, check_count
+from lightning_ema.settings import Buffers, DecayPer, OnNonfinite, Settings
 from lightning_ema.steps import StepCounter
 
 Evaluate = Literal["average", "live", "both"]
@@ -98,7 +99,7 @@ class EMACallback(Callback):
         self.average: WeightAverage | None = None
         self._steps = StepCounter()
         self._loan: Loan | None = None
-        self._left: list[tuple[Tensor, int]] = []  # the parameters as the last fit left them, with their versions
+        self._footprint: Footprint | None = None  # the module as the last fit left it
         self._entry: dict[str, Any] | None = None  # from a checkpoint, until the module is ready to take it
         self._logged_skips = 0
 
@@ -176,7 +177,7 @@ class EMACallback(Callback):
             )
         if self.evaluate == "average" and self.after_fit == "average" and average.num_updates > 0:
             average.deliver()
-        self._left = average.versions()
+        self._footprint = Footprint(average.module)
 
     # --- an evaluation ----------------------------------------------------------------------------------------------
 
@@ -203,18 +204,19 @@ class EMACallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         try:
             self._recall()
+        except RuntimeError as error:  # the evaluation wrote to the average; the exception under way matters more
+            rank_zero_warn(str(error))
         finally:
             if trainer_facts.is_fitting(trainer) and self.average is not None:
                 self._end_fit()
-                self._left = self.average.versions()
+                self._footprint = Footprint(self.average.module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._recall()
         self._steps.release()
         if self.average is not None and self.average.delivered:
-            SaveHook.take_down(
-                pl_module, self._put_into_weights_only
-            )  # what is saved from here on holds the average by itself
+            # what is saved from here on holds the average by itself
+            SaveHook.take_down(pl_module, self._put_into_weights_only)
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -299,7 +301,7 @@ class EMACallback(Callback):
             return
         loan = self._require().lend()
         try:
-            checkpoint["state_dict"] = _detached_from(loan, trainer.strategy.lightning_module_state_dict())
+            checkpoint["state_dict"] = loan.lasting(trainer.strategy.lightning_module_state_dict())
         finally:
             loan.recall()
 
@@ -310,11 +312,11 @@ class EMACallback(Callback):
         self._drop_if_edited()
         if self.average is not None:
             self.average.take_back()
-        self._left = []
+        self._footprint = None
 
     def _drop_if_edited(self) -> None:
         """After a fit, a module whose weights were loaded or edited since is the user's, and the average is over."""
-        if self.average is None or not self._left or _same(self.average.versions(), self._left):
+        if self._footprint is None or self._footprint.intact():
             return
         rank_zero_info(
             f"EMACallback {self.name!r}: the module's weights were changed since the end of fit. They count from "
@@ -324,7 +326,7 @@ class EMACallback(Callback):
 
     def _forget(self) -> None:
         self.average = None
-        self._left = []
+        self._footprint = None
         self._logged_skips = 0
 
     def _resume(self, pl_module: LightningModule, entry: dict[str, Any]) -> None:
@@ -362,16 +364,3 @@ class EMACallback(Callback):
                 f"EMACallback {self.name!r} has no average yet: it is built in on_fit_start, which did not run."
             )
         return self.average
-
-
-def _same(now: list[tuple[Tensor, int]], then: list[tuple[Tensor, int]]) -> bool:
-    return len(now) == len(then) and all(a is b and v == w for (a, v), (b, w) in zip(now, then, strict=True))
-
-
-def _detached_from(loan: Loan, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The entries, cloned where they lie in storage whose contents the recall is going to change."""
-    kept = {tensor.untyped_storage().data_ptr() for tensor in loan.in_shared_storage()}
-    return {
-        key: value.clone() if isinstance(value, Tensor) and value.untyped_storage().data_ptr() in kept else value
-        for key, value in state_dict.items()
-    }

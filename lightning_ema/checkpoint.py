@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_ema.average import check_state
+from lightning_ema.state import check_state
 
 STATE_KEY_PREFIX = "EMACallback{"
 

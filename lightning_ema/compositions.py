@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from lightning_ema.schedules import Constant, Plan, Schedule, check_decay, check_positive
+from lightning_ema.checks import check_decay, check_positive
+from lightning_ema.schedules import Constant, Plan, Schedule
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -107,9 +107,20 @@ class Loan:
         lent = self._lent.get(pair.name)
         return lent.live if lent is not None else pair.live.detach()
 
-    def in_shared_storage(self) -> list[Tensor]:
-        """The module's tensors that were lent inside storage they keep: aliases of them change with the recall."""
-        return [lent.pair.live for lent in self._lent.values() if lent.how != "storage"]
+    def lasting(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The module's ``state_dict``, taken during the loan, so that it stays as it is after the recall.
+
+        Entries that lie in storage whose contents come back are cloned; all others keep the storage they were lent.
+        """
+        returning = {
+            lent.pair.live.untyped_storage().data_ptr() for lent in self._lent.values() if lent.how != "storage"
+        }
+        return {
+            key: value.clone()
+            if isinstance(value, Tensor) and value.untyped_storage().data_ptr() in returning
+            else value
+            for key, value in state_dict.items()
+        }
 
     def _lend(self, pair: Pair, average: Tensor, copy: bool, in_place: bool) -> None:
         tensor = pair.live

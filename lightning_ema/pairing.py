@@ -160,8 +160,10 @@ class Pairing:
     def _takes(self, candidate: Candidate) -> bool:
         if not self._allowed(candidate):
             return False
+        if candidate.name in self._admitted:
+            return True
         if not candidate.is_buffer:
-            return candidate.name in self._admitted or joins(candidate, self._settings.include_frozen)
+            return joins(candidate, self._settings.include_frozen)
         if candidate.name in self._unbounded:
             return False
         if not bool(candidate.tensor.isfinite().all()):

@@ -10,9 +10,10 @@ Notation, used in every formula below:
 from __future__ import annotations
 
 import math
-import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+
+from lightning_ema.checks import check_decay, check_positive, check_share
 
 
 @dataclass(frozen=True)
@@ -313,35 +314,6 @@ class InversePower(Schedule):
     @property
     def limit(self) -> float:
         return self.decay
-
-
-def check_decay(value: float, schedule: object) -> None:
-    """Refuse a decay outside [0, 1]; warn of one that looks like a momentum (1 - decay).
-
-    Zero is exempt from the warning: it asks for a plain copy, as in ``Then(0.0, at=100, second=0.999)``.
-    """
-    check_share(value, "decay", schedule)
-    if 0 < value < 0.5:
-        warnings.warn(
-            f"{type(schedule).__name__}: decay is {value}, so each step replaces {1 - value:.3g} of the average. If "
-            f"{value} is a momentum (1 - decay, as OpenMMLab writes it), write decay={1 - value:.6g} instead.",
-            stacklevel=4,
-        )
-
-
-def check_share(value: float, name: str, schedule: object) -> None:
-    """Refuse a value that is not a number in [0, 1]."""
-    owner = type(schedule).__name__
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{owner}: {name} is {value!r}; it must be a number from 0 to 1, for instance 0.999.")
-    if not 0 <= value <= 1:
-        raise ValueError(f"{owner}: {name} is {value!r}; it must lie in [0, 1], for instance 0.999.")
-
-
-def check_positive(value: float, name: str, schedule: object) -> None:
-    """Refuse a value that is not a positive, finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"{type(schedule).__name__}: {name} is {value!r}; it must be a positive, finite number.")
 
 
 def _known(value: float | None, what: str, schedule: Schedule) -> float:

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from lightning_ema.checks import check_choice, check_count
 from lightning_ema.schedules import Schedule, Warmup
 
 DecayPer = Literal["step", "update"]
@@ -101,20 +102,6 @@ def as_schedule(decay: float | Schedule | Sequence[float | Schedule]) -> Schedul
             "Cosine(0.99, 1.0, total_steps=10_000)."
         )
     return Warmup(decay)
-
-
-def check_count(value: int, name: str, at_least: int) -> None:
-    """Refuse what is not a whole number of at least ``at_least``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is {value!r}; it must be a whole number of at least {at_least}.")
-    if value < at_least:
-        raise ValueError(f"{name} is {value}; it must be at least {at_least}.")
-
-
-def check_choice(value: str, name: str, accepted: tuple[str, ...]) -> None:
-    """Refuse a word that is not among the accepted ones."""
-    if value not in accepted:
-        raise ValueError(f"{name} is {value!r}; accepted are {', '.join(map(repr, accepted))}.")
 
 
 def _check_dtype(dtype: torch.dtype | None) -> None:

@@ -6,6 +6,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+torch.set_num_threads(1)  # the modules are tiny: more threads only get in each other's way
+
 
 class _Allocations(TorchDispatchMode):
     """Counts the bytes of storage that operators bring into being: all of them, and the most alive at once."""

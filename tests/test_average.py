@@ -231,6 +231,7 @@ class TestAModuleThatChanges:
         net = Numbers(a=0, b=8)
         average = WeightAverage(net, Constant(0.5))
         net.b.requires_grad_(False)
+        net.c = nn.Linear(1, 1)  # makes it look at everything anew
         net.set(b=0)
         average.step()
         assert value(average, "b") == 4
@@ -286,6 +287,16 @@ class TestAModuleThatChanges:
         net.half()
         average.step()
         assert dict(average.named_tensors())["a"].dtype == torch.float32
+
+    def test_a_buffer_assigned_anew_does_not_mean_a_new_walk_over_the_module(self, monkeypatch):
+        from lightning_ema import pairing
+
+        net = Numbers(a=0)
+        net.register_buffer("center", torch.zeros(1))
+        average = WeightAverage(net, Constant(0.5))
+        monkeypatch.setattr(pairing, "Survey", None)
+        net.center = torch.tensor([4.0])
+        assert average.step()
 
     def test_a_buffer_assigned_anew_at_every_step(self):
         net = Numbers(a=0)
@@ -426,6 +437,13 @@ class TestState:
         del damaged["num_steps"], damaged["average"]
         with pytest.raises(ValueError, match="the state lacks average, num_steps; it is damaged"):
             average.load_state_dict(damaged)
+
+    def test_an_averaged_buffer_is_taken_up_though_the_live_one_has_diverged(self):
+        source, diverged = WeightAverage(nn.BatchNorm1d(1)), nn.BatchNorm1d(1)
+        diverged.running_var.fill_(float("inf"))
+        target = WeightAverage(diverged)
+        target.load_state_dict(source.state_dict())
+        assert value(target, "running_var") == 1
 
     def test_what_is_in_the_state_joins_though_it_is_frozen_now(self):
         source = WeightAverage(Numbers(a=1, b=2))
