@@ -252,6 +252,31 @@ def test_a_loan_within_inference_mode_can_be_trained_after(situation):
     assert average.step()
 
 
+@pytest.mark.parametrize("situation", ["plain", "bfloat16"])
+def test_gradients_can_be_taken_within_an_evaluation_in_inference_mode(situation):
+    net = make(situation).eval()
+    average = WeightAverage(net)
+    with torch.inference_mode(), average.lent(), torch.inference_mode(False), torch.enable_grad():
+        x = torch.ones(1, 2, dtype=next(net.parameters()).dtype, requires_grad=True)
+        (gradient,) = torch.autograd.grad(net(x).sum(), x)
+    assert gradient.isfinite().all()
+
+
+def test_parameters_that_overlap_in_part_come_back():
+    net = nn.Linear(2, 3)
+    net.register_parameter("part", nn.Parameter(net.weight.data[:2]))
+    average = WeightAverage(net, Constant(0.5))
+    initial = snapshot(net)
+    with torch.no_grad():
+        net.weight.add_(1)
+    live = snapshot(net)
+    average.step()
+    for _ in range(2):
+        with average.lent():
+            assert same(snapshot(net), {name: (initial[name] + live[name]) / 2 for name in live})
+        assert same(snapshot(net), live)
+
+
 def test_a_second_recall_does_nothing():
     net = nn.Linear(1, 1)
     loan = WeightAverage(net).lend()

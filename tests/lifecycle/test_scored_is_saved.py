@@ -142,6 +142,7 @@ class SavesIn(Callback):
         (average,) = [c.average for c in trainer.callbacks if isinstance(c, EMACallback)]
         self.live, self.expected = clones(average.named_live()), clones(average.named_tensors())
         self.updates = average.num_updates
+        assert average.num_steps == trainer.global_step, "a step was not absorbed before the save"
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["before ours", "after ours"])
@@ -189,6 +190,32 @@ def test_an_exception_leaves_live_weights_and_a_file_of_the_average(tmp_path):
     file = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)
     assert equal({name: file["state_dict"][name] for name in average}, average)
     assert equal(file["callbacks"][callback.state_key]["live"], live)
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_weights_that_lie_in_a_users_flat_buffer(weights_only, tmp_path):
+    module, callback = seeded(norm=False), ema()
+    flat = torch.cat([p.detach().flatten() for p in module.parameters()])
+    offset = 0
+    for p in module.parameters():
+        p.data = flat[offset : offset + p.numel()].view_as(p)
+        offset += p.numel()
+    saver = SavesIn("on_train_batch_end", tmp_path / "x.ckpt", weights_only)
+    fit(module, callback, saver)
+    state = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
+    assert equal(state, saver.expected)
+    assert not equal(saver.expected, saver.live)
+
+
+def test_a_save_of_another_module_does_not_hold_this_average(tmp_path):
+    callback, other = ema(), seeded()
+    fit(seeded(), callback)
+    this = trainer(callback)
+    this.validate(other, loader(1), verbose=False)
+    this.save_checkpoint(tmp_path / "x.ckpt")
+    file = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert callback.state_key not in file["callbacks"]
+    assert equal(file["state_dict"], other.state_dict())
 
 
 def test_the_file_is_an_ordinary_checkpoint_of_the_usual_keys(tmp_path):
