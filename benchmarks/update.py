@@ -82,9 +82,8 @@ def loan(rounds: int) -> None:
     average = WeightAverage(module, Constant(0.999))
     tensors = len(list(average.named_tensors()))
     times = take_turns({"loan": lambda: average.lend().recall()}, rounds, repeats=20)
-    print(
-        f"\nloan and recall of {tensors} tensors of 102 MB: {1e6 * statistics.median(times['loan']) / tensors:.2f} us a tensor"
-    )
+    each = 1e6 * statistics.median(times["loan"]) / tensors
+    print(f"\nloan and recall of {tensors} tensors, 102 MB: {each:.2f} us a tensor")
 
 
 class Mlp(LightningModule):

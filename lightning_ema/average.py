@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ema.kernels import all_finite, relative_distance
-from lightning_ema.loan import Loan
+from lightning_ema.loan import Loan, missing
 from lightning_ema.pairing import Pairing
 from lightning_ema.schedules import Plan, Schedule
+from lightning_ema.selection import Survey
 from lightning_ema.settings import Buffers, DecayPer, OnNonfinite, Settings
 from lightning_ema.state import FORMAT, check_state
 
@@ -106,6 +107,12 @@ class WeightAverage:
         self._loan: Loan | None = None
         self._delivery: Loan | None = None
         self._no_grad = torch.no_grad()
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module is {module!r}; it must be a torch.nn.Module.")
+        if into is not None and (into is module or dtype is not None or device is not None):
+            raise ValueError(
+                "into takes another module, whose tensors keep their own dtype and device: leave out dtype and device."
+            )
         self._pairing = Pairing(module, self.settings, into)
         if start_step == 0:
             self.start()
@@ -125,8 +132,8 @@ class WeightAverage:
         if self._loan is not None or self._delivery is not None:
             self._refuse_during_loan("step")
             self._loan = None  # it has ended
-        if n < 0:
-            raise ValueError(f"step({n}): the number of steps since the last call cannot be negative.")
+        if not isinstance(n, int) or n < 0:
+            raise ValueError(f"step({n!r}): the number of steps since the last call is a whole number, not negative.")
         before = self.num_steps - self.start_step
         self.num_steps += n
         if not self._pairing.started:
@@ -144,6 +151,8 @@ class WeightAverage:
             decay = self._schedule(upto)
         else:
             decay = self._schedule.product(after, upto)
+        if not 0 <= decay <= 1:
+            raise ValueError(f"{self._schedule!r} gave the decay {decay!r} at step {upto}; it must lie in [0, 1].")
         with self._no_grad:
             lives = self._pairing.lives()
             if self.settings.on_nonfinite != "ignore" and not all_finite(lives):
@@ -182,12 +191,13 @@ class WeightAverage:
         self._schedule = self.settings.decay.bind(plan)
 
     def refresh(self) -> None:
-        """Lets parameters join that were unfrozen or added since the last update, with the values they have now.
+        """Looks for tensors that were unfrozen, added, replaced or moved since the last update.
 
-        Every update does this by itself; called before a step, it spares them that step's change.
+        Every update does this by itself; called before a step, it lets parameters join with the values that they have
+        before that step. The next update then trusts that no submodule was exchanged in between.
         """
         if self._delivery is None:
-            self._pairing.admit()
+            self._pairing.refresh_if_stale(trust_structure_once=True)
 
     # --- the loan ---------------------------------------------------------------------------------------------------
 
@@ -244,8 +254,22 @@ class WeightAverage:
     def take_back(self) -> None:
         """Brings the live weights back after :meth:`deliver`; without one it does nothing."""
         if self._delivery is not None:
-            self._delivery.recall()
+            self._delivery.end()
             self._delivery = None
+
+    def put_aside(self) -> dict[str, Tensor]:
+        """Ends a delivery because other weights are about to be loaded into the module.
+
+        Returns:
+            Copies of the live weights, by name, with all buffers; frozen parameters are left out.
+        """
+        self.take_back()
+        tensors = Survey(self.module).tensors.items()
+        return {
+            name: tensor.detach().clone()
+            for name, tensor in tensors
+            if tensor.requires_grad or not isinstance(tensor, nn.Parameter)
+        }
 
     @property
     def delivered(self) -> bool:
@@ -267,6 +291,11 @@ class WeightAverage:
         for pair in self._pairing.pairs():
             yield pair.name, pair.live.detach() if loan is None else loan.live_of(pair)
 
+    def not_held_by(self, state_dict: dict[str, Any]) -> dict[str, Tensor]:
+        """The averages that are not among the entries of a ``state_dict`` taken while the module carries them."""
+        averages = dict(self.named_tensors())
+        return missing(((p.name, p.live, averages[p.name]) for p in self._pairing.pairs()), state_dict)
+
     def owns(self, optimizer: Any) -> bool:
         """Whether the optimizer trains a tensor that is averaged."""
         owned = self._pairing.identities
@@ -287,6 +316,8 @@ class WeightAverage:
 
         The tensors are the average's own, not copies; they load under ``torch.load(weights_only=True)``.
         """
+        if self.loan is None and self._delivery is None:
+            self._pairing.refresh_if_stale()
         return {
             "format": FORMAT,
             "num_steps": self.num_steps,
@@ -310,14 +341,15 @@ class WeightAverage:
         self._refuse_during_loan("load_state_dict")
         check_state(state)
         if state["started"]:
-            self._pairing.load(state["average"])
+            self._pairing.load(state["average"], buffers_begin=state["config"].get("buffers") != self.settings.buffers)
         else:
             self._pairing.forget()
         self.num_steps = state["num_steps"]
         self.num_updates = state["num_updates"]
         self.num_skipped = state["num_skipped"]
         self.last_update_step = state["last_update_step"]
-        self.start_step = state["start_step"] if state["started"] else self.settings.start_step
+        same_start = state["config"].get("start_step") == self.settings.start_step
+        self.start_step = state["start_step"] if state["started"] or same_start else self.settings.start_step
         if not self.started and self.num_steps >= self.start_step:
             self.start()
 

@@ -11,17 +11,18 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_ema import checkpoint as checkpoints
-from lightning_ema import trainer_facts
+from lightning_ema import trainer_facts, training_batches
 from lightning_ema.advice import still_rising, too_long
 from lightning_ema.average import WeightAverage
 from lightning_ema.checks import check_choice, check_count
-from lightning_ema.footprint import Footprint
-from lightning_ema.loan import Loan
-from lightning_ema.save_hook import SaveHook
-from lightning_ema.schedules import Schedule, Warmup
-from lightning_ema.selection import Survey
+from lightning_ema.custody import Batches, Custody
+from lightning_ema.module_hook import Hook, ModuleHook
+from lightning_ema.schedules import Plan, Schedule, Warmup
 from lightning_ema.settings import Buffers, DecayPer, OnNonfinite, Settings
 from lightning_ema.steps import StepCounter
+
+UNTIL_EPOCH = sys.maxsize
+"""The start step of an average that waits for an epoch; on_train_epoch_start sets the real one."""
 
 Evaluate = Literal["average", "live", "both"]
 AfterFit = Literal["average", "live"]
@@ -39,14 +40,15 @@ class EMACallback(Callback):
         decay, every_n_steps, start_step, decay_per, include, exclude, include_frozen, buffers, dtype, device,
             on_nonfinite: as in :class:`~lightning_ema.WeightAverage`. A number ``d`` means ``Warmup(d)``; the bare
             constant is ``Constant(d)``. A step is one step of an optimizer that trains averaged parameters.
+        buffers: besides ``"average"`` and ``"copy"``, ``"recalibrate"``: BatchNorm statistics are estimated anew from
+            training batches before an evaluation or a save of the average, as ``torch.optim.swa_utils.update_bn``
+            does; the live ones stay as they are. The module needs a ``forward`` that takes ``batch[0]`` or ``batch``.
+        recalibrate_batches: from how many training batches; None: 100.
         start_epoch: the average starts with this epoch (the first is 0), or at ``start_step`` if that comes later.
         evaluate: which weights validation, test and predict see, and ``state_dict`` of a checkpoint holds.
             ``"live"``: the average is only followed, logged and stored.
         after_fit: which weights the module holds after ``fit``; ``"average"`` applies where ``evaluate`` does.
         name: tells several averages apart in log keys (``<name>/decay``) and checkpoints.
-
-    Attributes:
-        average: the :class:`~lightning_ema.WeightAverage`; None until training starts.
 
     Raises:
         ValueError, TypeError: an argument is out of range (here), does not fit the trainer (``setup``) or the module
@@ -64,6 +66,7 @@ class EMACallback(Callback):
         exclude: Sequence[str] = (),
         include_frozen: bool = False,
         buffers: Buffers = "average",
+        recalibrate_batches: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         start_epoch: int = 0,
@@ -72,6 +75,7 @@ class EMACallback(Callback):
         on_nonfinite: OnNonfinite = "ignore",
         name: str = "ema",
     ) -> None:
+        check_choice(buffers, "buffers", get_args(Buffers))
         self.settings = Settings.checked(
             decay,
             every_n_steps,
@@ -80,11 +84,15 @@ class EMACallback(Callback):
             include,
             exclude,
             include_frozen,
-            buffers,
+            "copy" if buffers == "recalibrate" else buffers,
             dtype,
             device,
             on_nonfinite,
         )
+        if recalibrate_batches is not None:
+            check_count(recalibrate_batches, "recalibrate_batches", at_least=1)
+            if buffers != "recalibrate":
+                raise ValueError(f"recalibrate_batches={recalibrate_batches} needs buffers='recalibrate'.")
         check_count(start_epoch, "start_epoch", at_least=0)
         if evaluate == "both":
             raise ValueError("evaluate='both' is not available yet; accepted are 'average' and 'live'.")
@@ -92,20 +100,24 @@ class EMACallback(Callback):
         check_choice(after_fit, "after_fit", get_args(AfterFit))
         if not isinstance(name, str) or not name:
             raise ValueError(f"name is {name!r}; it must be a word, such as 'ema'.")
+        self.recalibrate_batches = (recalibrate_batches or 100) if buffers == "recalibrate" else 0
         self.start_epoch = start_epoch
         self.evaluate = evaluate
         self.after_fit = after_fit
         self.name = name
-        self.average: WeightAverage | None = None
         self._steps = StepCounter()
-        self._loan: Loan | None = None
-        self._footprint: Footprint | None = None  # the module as the last fit left it
-        self._entry: dict[str, Any] | None = None  # from a checkpoint, until the module is ready to take it
-        self._logged_skips = 0
+        self._custody: Custody | None = None
+        self._plan = Plan()
+        self._skips_said = False
 
     @property
     def state_key(self) -> str:
-        return self._generate_state_key(name=self.name)
+        return f"EMACallback{ {'name': self.name}!r}"  # also for subclasses, whose files stay readable
+
+    @property
+    def average(self) -> WeightAverage | None:
+        """The average; None until training starts."""
+        return None if self._custody is None else self._custody.average
 
     @property
     def averages(self) -> list[WeightAverage]:
@@ -116,6 +128,7 @@ class EMACallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         trainer_facts.check_strategy(trainer)
+        trainer_facts.check_callbacks(trainer)
         ours = [c for c in trainer_facts.callbacks(trainer) if isinstance(c, EMACallback)]
         lenders = [c.name for c in ours if c.evaluate == "average"]
         if len(lenders) > 1:
@@ -124,36 +137,48 @@ class EMACallback(Callback):
                 "carry only one average in an evaluation. Write evaluate='live' in all but one of them."
             )
 
+        if stage == "fit":
+            # before anything is built on the weights: optimizers may copy them
+            if self.average is not None and self.average.module is not pl_module:
+                self._forget()
+            self._drop_if_edited()
+            if self._custody is not None:
+                self._custody.take_back()
+            if trainer_facts.spawns(trainer):
+                rank_zero_warn(
+                    f"EMACallback {self.name!r}: only the module's weights return from the processes that this "
+                    "strategy spawns; resume from a checkpoint, or use strategy='ddp'."
+                )
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._take_back(pl_module)
-        if self._entry is not None:
-            self._resume(pl_module, self._entry)
-        elif self.average is None:
-            self.average = self._build(pl_module)
-            self._introduce(self.average)
-        self._entry = None
+        if self._custody is None:
+            self._take_up(pl_module, self._new_custody(pl_module))
+            tensors, schedule = [tensor for _, tensor in self._require().named_tensors()], self.settings.decay
+            warm = " (a plain number is warmed up; Constant(decay) is not)" if isinstance(schedule, Warmup) else ""
+            rank_zero_info(
+                f"EMACallback {self.name!r}: averaging {len(tensors)} tensors of {sum(t.numel() for t in tensors):,} "
+                f"elements with {schedule!r}{warm}."
+            )
         self._steps.hold(self._require().owns)
-        if self.evaluate == "average":
-            SaveHook.hang(pl_module, self._put_into_weights_only)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         average = self._require()
-        plan = trainer_facts.plan(trainer)
+        if self.recalibrate_batches:
+            training_batches.check(pl_module, trainer)
+        plan = trainer_facts.plan(trainer).after(trainer_facts.steps_done(trainer) - average.num_steps)
         epochs_before = int(self.start_epoch * (plan.steps_per_epoch or 0))
-        plan = plan.after(average.start_step if average.started else max(self.settings.start_step, epochs_before))
-        average.bind(plan)
-        if plan.total_steps is not None:
-            if warning := too_long(average.schedule, plan.total_steps):
+        start = average.start_step if average.started else max(self.settings.start_step, epochs_before)
+        self._plan = plan.after(start)
+        average.bind(self._plan)
+        self._start_with_epoch(trainer)
+        if self._plan.total_steps is not None:
+            if warning := too_long(average.schedule, self._plan.total_steps):
                 rank_zero_warn(f"EMACallback {self.name!r}: {warning}")
-            elif remark := still_rising(average.schedule, plan.total_steps):
+            if remark := still_rising(average.schedule, self._plan.total_steps):
                 rank_zero_info(f"EMACallback {self.name!r}: {remark}")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        average = self._require()
-        if self._waits_for_epoch(average) and trainer.current_epoch >= self.start_epoch:
-            average.start_step = max(self.settings.start_step, average.num_steps)
-            if average.num_steps >= average.start_step:
-                average.start()
+        self._start_with_epoch(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._require().refresh()  # what was unfrozen joins with its value before its first step
@@ -166,18 +191,28 @@ class EMACallback(Callback):
         if self._absorb() and trainer_facts.logs_this_step(trainer):
             self._log(pl_module)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.recalibrate_batches and self._lends(pl_module):  # while there still is data on the device
+            self._lend(trainer, pl_module)
+            self._recall()
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end_fit()
-        average = self._require()
-        if trainer.global_step > 0 and average.num_steps == 0:
+        self._absorb()
+        missed = self._steps.missed
+        self._steps.release()
+        if trainer.global_step > 0 and self._require().num_steps == 0:
             rank_zero_warn(
                 f"EMACallback {self.name!r}: the trainer took {trainer.global_step} steps, but no optimizer that "
                 "trains averaged parameters was seen to step, so there is no average. Optimizers must derive from "
                 "torch.optim.Optimizer (or step one that does) and step within training batches."
             )
-        if self.evaluate == "average" and self.after_fit == "average" and average.num_updates > 0:
-            average.deliver()
-        self._footprint = Footprint(average.module)
+        elif missed:
+            rank_zero_info(
+                f"EMACallback {self.name!r}: {missed} steps were taken outside training batches, as "
+                "tuners do, and not counted. Steps of your own belong into training_step."
+            )
+        if self._custody is not None:
+            self._custody.leave(deliver=self.after_fit == "average")
 
     # --- an evaluation ----------------------------------------------------------------------------------------------
 
@@ -202,149 +237,174 @@ class EMACallback(Callback):
     # --- every way out ----------------------------------------------------------------------------------------------
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        fitting, began = trainer_facts.is_fitting(trainer), self._steps.held
         try:
             self._recall()
-        except RuntimeError as error:  # the evaluation wrote to the average; the exception under way matters more
+            if fitting:
+                self._absorb()
+        except (RuntimeError, FloatingPointError) as error:  # the exception under way matters more
             rank_zero_warn(str(error))
         finally:
-            if trainer_facts.is_fitting(trainer) and self.average is not None:
-                self._end_fit()
-                self._footprint = Footprint(self.average.module)
+            self._steps.release()
+            if self._custody is not None and not fitting:
+                self._custody.reject_file()
+            elif self._custody is not None and (began or not self._custody.left):
+                self._custody.leave(deliver=False)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._recall()
         self._steps.release()
-        if self.average is not None and self.average.delivered:
-            # what is saved from here on holds the average by itself
-            SaveHook.take_down(pl_module, self._put_into_weights_only)
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         self._drop_if_edited()
-        if self.average is None:
-            return {}
         self._absorb()
-        in_state_dict = self.evaluate == "average" and self.average.num_updates > 0
-        return checkpoints.pack(self.average.state_dict(), dict(self.average.named_live()), in_state_dict)
+        return {} if self._custody is None else self._custody.entry()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self.average is not None and self.average.module is not pl_module:
             checkpoint.get("callbacks", {}).pop(self.state_key, None)
-        self._put_average(trainer, pl_module, checkpoint)
+        elif self._custody is not None:
+            ModuleHook.hang(pl_module, "on_save_checkpoint", self._around_modules_save)  # again, if it was displaced
+            self._put_average(trainer, self._custody, checkpoint)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if not trainer_facts.is_fitting(trainer):
             return
         self._forget()
-        self._entry = checkpoints.find(checkpoint, self.state_key)
-        if self._entry is None:
+        entry = checkpoints.find(checkpoint, self.state_key)
+        if entry is not None:
+            if changed := checkpoints.changes(entry, self.settings.describe()):
+                rank_zero_warn(
+                    f"EMACallback {self.name!r}: the checkpoint was written with other settings; those given now "
+                    f"hold: {'; '.join(changed)}."
+                )
+            custody = self._new_custody(pl_module)
+            custody.resume(entry)
+            self._take_up(pl_module, custody)
+        elif (foreign := checkpoints.foreign(checkpoint)) is not None:
+            rank_zero_info(f"EMACallback {self.name!r}: goes on from the average of Lightning's WeightAveraging.")
+            steps, updates, live = foreign
+            custody = self._new_custody(pl_module)
+            custody.average.load_state_dict(
+                {**custody.average.state_dict(), "num_steps": steps, "num_updates": updates, "last_update_step": steps}
+            )
+            pl_module.load_state_dict(live, strict=False)
+            self._take_up(pl_module, custody)
+        else:
             rank_zero_info(f"EMACallback {self.name!r}: the checkpoint holds no average; it starts from its weights.")
+            if self._steps.held:
+                self._take_up(pl_module, self._new_custody(pl_module))
+
+    def _around_modules_save(self, pl_module: LightningModule, checkpoint: dict[str, Any], own: Hook) -> None:
+        """The module's own hook runs on the average too; what it leaves out of ``state_dict`` goes into our entry."""
+        trainer, custody = trainer_facts.trainer_of(pl_module), self._custody
+        ours = trainer is not None and self in trainer_facts.callbacks(trainer)
+        self._absorb()
+        if trainer is None or not ours or custody is None or not custody.gives_average:
+            own(checkpoint)
+            return
+        if "callbacks" not in checkpoint:  # a weights-only save: no hook of a callback is called for it
+            self._put_average(trainer, custody, checkpoint)
+        with custody.carried(self._batches(trainer)):
+            own(checkpoint)
+            entry = checkpoint.get("callbacks", {}).get(self.state_key)
+            if entry is not None:
+                entry["average"].update(custody.average.not_held_by(checkpoint.get("state_dict", {})))
+            if "state_dict" in checkpoint:
+                checkpoint["state_dict"] = custody.lasting(checkpoint["state_dict"])
+
+    def _around_modules_load(self, pl_module: LightningModule, checkpoint: dict[str, Any], own: Hook) -> None:
+        """A file is about to be loaded for an evaluation: what the last fit left is put aside."""
+        trainer = trainer_facts.trainer_of(pl_module)
+        self._drop_if_edited()
+        if trainer is not None and not trainer_facts.is_fitting(trainer) and self._custody is not None:
+            self._custody.put_aside()
+        own(checkpoint)
+
+    def _put_average(self, trainer: Trainer, custody: Custody, checkpoint: dict[str, Any]) -> None:
+        """Makes ``checkpoint["state_dict"]`` that of the module carrying the average, where it is not already."""
+        if custody.lends:
+            with custody.carried(self._batches(trainer)):
+                checkpoint["state_dict"] = custody.lasting(trainer.strategy.lightning_module_state_dict())
 
     # --- the steps of the above -------------------------------------------------------------------------------------
 
-    def _build(self, pl_module: LightningModule) -> WeightAverage:
+    def _new_custody(self, pl_module: LightningModule) -> Custody:
         arguments = self.settings.as_arguments()
         if self.start_epoch > 0:
-            arguments["start_step"] = sys.maxsize  # until the epoch is there, on_train_epoch_start sets it
-        return WeightAverage(pl_module, **arguments)
+            arguments["start_step"] = UNTIL_EPOCH
+        return Custody(WeightAverage(pl_module, **arguments), self.evaluate == "average", self.recalibrate_batches > 0)
 
-    def _waits_for_epoch(self, average: WeightAverage) -> bool:
-        return not average.started and average.start_step == sys.maxsize
+    def _take_up(self, pl_module: LightningModule, custody: Custody) -> None:
+        self._custody = custody
+        ModuleHook.hang(pl_module, "on_save_checkpoint", self._around_modules_save)
+        ModuleHook.hang(pl_module, "on_load_checkpoint", self._around_modules_load)
+        if self._steps.held:  # a tuner restores in the middle of a fit
+            self._steps.hold(custody.average.owns)
+            custody.average.bind(self._plan)
+
+    def _start_with_epoch(self, trainer: Trainer) -> None:
+        average = self._require()
+        waits = not average.started and average.start_step == UNTIL_EPOCH
+        if waits and trainer.current_epoch >= self.start_epoch:
+            average.start_step = max(self.settings.start_step, average.num_steps)
+            if average.num_steps >= average.start_step:
+                average.start()
 
     def _absorb(self) -> bool:
         average, steps = self.average, self._steps.take()
         if average is None or not steps:
             return False
         average.step(steps)
-        if average.num_skipped > self._logged_skips == 0:
+        if average.num_skipped and not self._skips_said:
+            self._skips_said = True
             rank_zero_warn(
                 f"EMACallback {self.name!r}: the live weights are not finite at step {average.num_steps}; this update "
                 "is left out, and so will be all further ones like it. `average.num_skipped` counts them."
             )
-            self._logged_skips = average.num_skipped
         return True
 
     def _lends(self, pl_module: LightningModule) -> bool:
-        """Whether an evaluation or a file should be given the average, and the module does not carry it already."""
         self._drop_if_edited()
-        average = self.average
-        if average is None or average.module is not pl_module or average.loan is not None or average.delivered:
-            return False
-        return self.evaluate == "average" and average.num_updates > 0
+        return self._custody is not None and self._custody.average.module is pl_module and self._custody.lends
 
     def _lend(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer_facts.is_fitting(trainer) and trainer.ckpt_path is not None:
+            if self._custody is not None and self._custody.average.module is pl_module:
+                self._custody.accept_file()
             return  # a file was loaded into the module: that is what was asked for
         self._absorb()
-        if self._lends(pl_module):
-            self._loan = self._require().lend()
+        if self._lends(pl_module) and self._custody is not None:
+            self._custody.lend(self._batches(trainer))
 
     def _recall(self) -> None:
-        if self._loan is not None:
-            loan, self._loan = self._loan, None
-            loan.recall()
+        if self._custody is not None:
+            self._custody.recall()
 
-    def _end_fit(self) -> None:
-        self._absorb()
-        self._steps.release()
-
-    def _put_into_weights_only(self, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        trainer = trainer_facts.trainer_of(pl_module)
-        if trainer is not None and self in trainer_facts.callbacks(trainer):
-            self._put_average(trainer, pl_module, checkpoint)
-
-    def _put_average(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Makes ``checkpoint["state_dict"]`` that of the module carrying the average, where it is not already."""
-        self._absorb()
-        if not self._lends(pl_module):
-            return
-        loan = self._require().lend()
-        try:
-            checkpoint["state_dict"] = loan.lasting(trainer.strategy.lightning_module_state_dict())
-        finally:
-            loan.recall()
-
-    def _take_back(self, pl_module: LightningModule) -> None:
-        """Before a fit: the live weights come back where the module still is as the last fit left it."""
-        if self.average is not None and self.average.module is not pl_module:
-            self._forget()
-        self._drop_if_edited()
-        if self.average is not None:
-            self.average.take_back()
-        self._footprint = None
+    def _batches(self, trainer: Trainer) -> Batches | None:
+        """Training batches to recalibrate from; None outside a fit that is running as it should."""
+        running = trainer_facts.is_fitting(trainer) and trainer.state.status == "running"
+        return (
+            training_batches.taken(trainer, self.recalibrate_batches) if self.recalibrate_batches and running else None
+        )
 
     def _drop_if_edited(self) -> None:
         """After a fit, a module whose weights were loaded or edited since is the user's, and the average is over."""
-        if self._footprint is None or self._footprint.intact():
-            return
-        rank_zero_info(
-            f"EMACallback {self.name!r}: the module's weights were changed since the end of fit. They count from "
-            "here; the average and the live weights of that fit are dropped."
-        )
-        self._forget()
+        if self._custody is not None and self._custody.edited():
+            rank_zero_info(
+                f"EMACallback {self.name!r}: the module's weights were changed since the end of fit. They count from "
+                "here; the average and the live weights of that fit are dropped."
+            )
+            self._forget()
 
     def _forget(self) -> None:
-        self.average = None
-        self._footprint = None
-        self._logged_skips = 0
-
-    def _resume(self, pl_module: LightningModule, entry: dict[str, Any]) -> None:
-        tensors = {name: c.tensor for c in Survey(pl_module).candidates for name in c.names}
-        state, live = checkpoints.unpack(entry, tensors)
-        self.average = self._build(pl_module)
-        self.average.load_state_dict(state)
-        with torch.no_grad():
-            for name, value in live.items():
-                tensors[name].copy_(value)
-
-    def _introduce(self, average: WeightAverage) -> None:
-        tensors, schedule = [tensor for _, tensor in average.named_tensors()], self.settings.decay
-        warm = " (a plain number is warmed up; Constant(decay) is not)" if isinstance(schedule, Warmup) else ""
-        rank_zero_info(
-            f"EMACallback {self.name!r}: averaging {len(tensors)} tensors of {sum(t.numel() for t in tensors):,} "
-            f"elements with {schedule!r}{warm}."
-        )
+        if self.average is not None and isinstance(self.average.module, LightningModule):
+            ModuleHook.take_down(self.average.module, "on_save_checkpoint", self._around_modules_save)
+            ModuleHook.take_down(self.average.module, "on_load_checkpoint", self._around_modules_load)
+        self._custody = None
+        self._skips_said = False
 
     def _log(self, pl_module: LightningModule) -> None:
         average = self._require()

@@ -17,39 +17,73 @@ from lightning_ema.state import check_state
 STATE_KEY_PREFIX = "EMACallback{"
 
 
-def pack(state: dict[str, Any], live: Mapping[str, Tensor], in_state_dict: bool) -> dict[str, Any]:
+def pack(
+    state: dict[str, Any], live: Mapping[str, Tensor], model: Mapping[str, Tensor], in_state_dict: bool
+) -> dict[str, Any]:
     """The callback's entry for an average.
 
     Args:
         state: the average's own ``state_dict()``.
-        live: the live tensors by name.
-        in_state_dict: whether the checkpoint's ``state_dict`` holds the average, in the dtype of the live tensors.
+        live: the live tensors that ``checkpoint["state_dict"]`` does not hold, by name.
+        model: the averaged tensors of the module, for their dtype.
+        in_state_dict: whether ``checkpoint["state_dict"]`` holds the average, in the dtype of the model.
 
     Returns:
-        Where it does, the live tensors and only those averages that are kept in another dtype; where it does not,
-        every average and no live tensors.
+        ``state`` with ``live`` and the ``names`` of what is averaged. Where ``state_dict`` holds the average, only
+        those averages are left in it that are kept in another dtype.
     """
-    if not in_state_dict:
-        return {**state, "live": {}}
-    wider = {name: average for name, average in state["average"].items() if average.dtype != live[name].dtype}
-    return {**state, "live": dict(live), "average": wider}
+    average: dict[str, Tensor] = state["average"]
+    stored = {name: a for name, a in average.items() if not in_state_dict or a.dtype != model[name].dtype}
+    return {**state, "names": list(average), "average": stored, "live": dict(live)}
 
 
-def unpack(entry: dict[str, Any], module_tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def unpack(entry: dict[str, Any], model: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The average's own state and the live tensors, from an entry made by :func:`pack`.
 
     Args:
         entry: the callback's entry.
-        module_tensors: the tensors of the module into which the checkpoint's ``state_dict`` was loaded.
+        model: all tensors of the module into which the checkpoint's ``state_dict`` was loaded.
 
     Raises:
-        ValueError: the format is newer, or entries are missing.
+        ValueError: the format is newer, entries are damaged, or live tensors do not fit the module.
     """
     check_state(entry)
-    live: dict[str, Tensor] = entry.get("live", {})
-    held = {name: module_tensors[name] for name in live if name in module_tensors}
-    absent = {name: tensor for name, tensor in live.items() if name not in module_tensors}
-    return {**entry, "average": {**absent, **held, **entry["average"]}}, live
+    names, stored, live = entry.get("names"), entry["average"], entry.get("live")
+    if not isinstance(names, list) or not isinstance(live, dict):
+        raise ValueError("the state is damaged: names or live missing. Take another checkpoint.")
+    problems = [f"{name}: not in the module" for name in [*live, *names] if name not in model]
+    problems += [
+        f"{name}: shape {tuple(value.shape)} in the checkpoint, {tuple(model[name].shape)} in the module"
+        for name, value in {**live, **stored}.items()
+        if name in model and value.shape != model[name].shape
+    ]
+    if problems:
+        raise ValueError(
+            "the checkpoint does not fit the module:\n  " + "\n  ".join(dict.fromkeys(problems)) + "\n"
+            "Build the module as it was when the checkpoint was written."
+        )
+    average = {name: stored.get(name, model[name]) for name in names}
+    return {**entry, "average": average}, live
+
+
+def changes(entry: dict[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """What differs between the settings in a file and those in force, a line each."""
+    then = entry["config"]
+    return [f"{key}: {then[key]} in the file, {now} now" for key, now in config.items() if then.get(key, now) != now]
+
+
+def foreign(checkpoint: Mapping[str, Any]) -> tuple[int, int, dict[str, Tensor]] | None:
+    """Steps, updates and live ``state_dict`` from a file of Lightning's ``WeightAveraging``; None for other files.
+
+    In such a file ``state_dict`` is the average, too.
+    """
+    if "current_model_state" not in checkpoint or "averaging_state" not in checkpoint:
+        return None
+    updates = int(checkpoint["averaging_state"].get("n_averaged", 0))
+    states = [s for k, s in checkpoint.get("callbacks", {}).items() if "WeightAveraging" in k and isinstance(s, dict)]
+    steps = max([int(state.get("latest_update_step", 0)) for state in states], default=0)
+    live: dict[str, Tensor] = checkpoint["current_model_state"]
+    return max(steps, updates), updates, live
 
 
 def find(checkpoint: Mapping[str, Any], state_key: str) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from numbers import Real
 
 
 def check_decay(value: float, schedule: object) -> None:
@@ -23,7 +24,7 @@ def check_decay(value: float, schedule: object) -> None:
 def check_share(value: float, name: str, schedule: object) -> None:
     """Refuse a value that is not a number in [0, 1]."""
     owner = type(schedule).__name__
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{owner}: {name} is {value!r}; it must be a number from 0 to 1, for instance 0.999.")
     if not 0 <= value <= 1:
         raise ValueError(f"{owner}: {name} is {value!r}; it must lie in [0, 1], for instance 0.999.")
@@ -31,7 +32,7 @@ def check_share(value: float, name: str, schedule: object) -> None:
 
 def check_positive(value: float, name: str, schedule: object) -> None:
     """Refuse a value that is not a positive, finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
         raise ValueError(f"{type(schedule).__name__}: {name} is {value!r}; it must be a positive, finite number.")
 
 
@@ -47,3 +48,9 @@ def check_choice(value: str, name: str, accepted: tuple[str, ...]) -> None:
     """Refuse a word that is not among the accepted ones."""
     if value not in accepted:
         raise ValueError(f"{name} is {value!r}; accepted are {', '.join(map(repr, accepted))}.")
+
+
+def check_flag(value: bool, name: str) -> None:
+    """Refuse what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; it must be True or False.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from lightning_ema.checks import check_decay, check_positive
+from lightning_ema.checks import check_count, check_decay, check_positive
 from lightning_ema.schedules import Constant, Plan, Schedule
 
 
@@ -30,13 +30,15 @@ class Power(Schedule):
                 f"Power: got sigma_rel={self.sigma_rel!r} and gamma={self.gamma!r}; give exactly one of them, "
                 "for instance Power(sigma_rel=0.1)."
             )
-        if self.sigma_rel is not None and not 0 < self.sigma_rel <= _WIDEST:
-            raise ValueError(
-                f"Power: sigma_rel is {self.sigma_rel!r}; it must lie in (0, {_WIDEST:.4f}], where the upper end is "
-                "the plain mean. Usual values are 0.05 to 0.15."
-            )
-        if self.gamma is not None and not 0 <= self.gamma < math.inf:
-            raise ValueError(f"Power: gamma is {self.gamma!r}; it must be zero or positive.")
+        if self.gamma is not None and self.gamma != 0:
+            check_positive(self.gamma, "gamma", self)
+        if self.sigma_rel is not None:
+            check_positive(self.sigma_rel, "sigma_rel", self)
+            if self.sigma_rel > _WIDEST:
+                raise ValueError(
+                    f"Power: sigma_rel is {self.sigma_rel!r}; it must lie in (0, {_WIDEST:.4f}], where the upper end "
+                    "is the plain mean. Usual values are 0.05 to 0.15."
+                )
 
     @property
     def exponent(self) -> float:
@@ -144,7 +146,7 @@ class Then(Schedule):
     second: Schedule | float
 
     def __post_init__(self) -> None:
-        check_positive(self.at, "at", self)
+        check_count(self.at, "Then: at", at_least=1)
         _inner(self.first), _inner(self.second)
 
     def __call__(self, n: int) -> float:

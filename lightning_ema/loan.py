@@ -21,11 +21,13 @@ class Pair:
         candidate: the tensor, its names and where it hangs.
         average: of the same shape and strides; None until the average has started.
         exclusive: whether the live tensor's storage is its own and may be exchanged for the average's.
+        crossed: whether it shares part of its memory with another tensor of the module.
     """
 
     candidate: Candidate
     average: Tensor | None
     exclusive: bool = True
+    crossed: bool = False
 
     @property
     def name(self) -> str:
@@ -52,6 +54,7 @@ class _Lent:
     live: Tensor
     watched: bool
     version: int = -1
+    exchanged: bool = False
 
 
 class Loan:
@@ -63,11 +66,13 @@ class Loan:
         torch.clear_autocast_cache()  # else an autocast region open across the loan goes on with casts of live weights
         try:
             with torch.inference_mode(False), torch.no_grad():
-                for pair in pairs:
-                    if pair.average is not None:
-                        self._lend(pair, pair.average, copy, in_place)
+                stored = [(pair, pair.average) for pair in pairs if pair.average is not None]
+                # where memory is shared in part, all live values are taken before any of it is written to
+                kept = {pair.name: pair.live.data.clone() for pair, _ in stored if pair.crossed}
+                for pair, average in stored:
+                    self._lend(pair, average, copy, in_place, kept.get(pair.name))
         except BaseException:
-            self._bring_back()
+            self.end()
             raise
 
     def recall(self) -> None:
@@ -77,10 +82,8 @@ class Loan:
             RuntimeError: something wrote to a parameter during the loan, and so into the average. The live weights
                 are back nevertheless.
         """
-        if not self.active:
-            return
         written = self.written()
-        self._bring_back()
+        self.end()
         if written:
             raise RuntimeError(
                 f"{', '.join(written[:4])}{', ...' if len(written) > 4 else ''}: written to while the module carried "
@@ -88,6 +91,17 @@ class Loan:
                 "weights for evaluation?). The live weights are back and untouched. To let an evaluation write, lend "
                 "a copy, WeightAverage.lend(copy=True); in a Trainer use EMACallback(evaluate='live')."
             )
+
+    def end(self) -> None:
+        """Brings the live weights back without asking whether anything was written to."""
+        if self.active:
+            torch.clear_autocast_cache()
+            with torch.inference_mode(False), torch.no_grad():
+                while self._lent:  # one by one, so that one interrupted by Ctrl-C can be taken up again
+                    name, lent = next(reversed(self._lent.items()))  # last lent first: storages may overlap
+                    _return(lent)
+                    del self._lent[name]
+            self.active = False
 
     def written(self) -> list[str]:
         """The names of the parameters that were replaced, or written to, since they were lent."""
@@ -107,60 +121,42 @@ class Loan:
         lent = self._lent.get(pair.name)
         return lent.live if lent is not None else pair.live.detach()
 
-    def lasting(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """The module's ``state_dict``, taken during the loan, so that it stays as it is after the recall.
+    def returning(self) -> list[Tensor]:
+        """The module's tensors whose contents, not their storage, come back: aliases of them change with it."""
+        return [lent.pair.live for lent in self._lent.values() if lent.how != "storage"]
 
-        Entries that lie in storage whose contents come back are cloned; all others keep the storage they were lent.
-        """
-        returning = {
-            lent.pair.live.untyped_storage().data_ptr() for lent in self._lent.values() if lent.how != "storage"
-        }
-        return {
-            key: value.clone()
-            if isinstance(value, Tensor) and value.untyped_storage().data_ptr() in returning
-            else value
-            for key, value in state_dict.items()
-        }
-
-    def _lend(self, pair: Pair, average: Tensor, copy: bool, in_place: bool) -> None:
-        tensor = pair.live
+    def _lend(self, pair: Pair, average: Tensor, copy: bool, in_place: bool, kept: Tensor | None) -> None:
+        tensor, buffer = pair.live, pair.candidate.is_buffer
         alike = average.dtype == tensor.dtype and average.device == tensor.device
-        own = pair.exclusive and not in_place
         # buffers go as copies: an evaluation may write to them (BatchNorm in train mode, DDP's broadcast)
-        buffer = pair.candidate.is_buffer
-        direct = alike and not copy and (in_place or not buffer)
-        if own:
+        copy = copy or pair.candidate.rewritten or (buffer and not in_place)
+        direct = alike and not copy and kept is None
+        if pair.exclusive and not in_place:
             lent = _Lent(pair, average, "storage", tensor.data, watched=direct)
-            self._lent[pair.name] = lent
-            tensor.data = average if direct else _copy_like(average, tensor)
         elif direct:
             lent = _Lent(pair, average, "exchange", average, watched=not buffer)
-            exchange_(tensor.data, average)
-            self._lent[pair.name] = lent
         else:
-            lent = _Lent(pair, average, "contents", tensor.data.clone(), watched=in_place and not buffer)
-            self._lent[pair.name] = lent
+            lent = _Lent(pair, average, "contents", tensor.data.clone() if kept is None else kept, watched=False)
+        self._lent[pair.name] = lent  # noted first, so that an interruption finds it
+        if lent.how == "storage":
+            tensor.data = average if direct else _copy_like(average, tensor)
+        elif lent.how == "exchange":
+            exchange_(tensor.data, average)
+            lent.exchanged = True
+        else:
             tensor.data.copy_(average)
         lent.version = tensor._version
-
-    def _bring_back(self) -> None:
-        torch.clear_autocast_cache()
-        with torch.inference_mode(False), torch.no_grad():
-            while self._lent:  # one by one, so that a recall interrupted by Ctrl-C can be taken up again
-                name, lent = next(reversed(self._lent.items()))  # last lent first: storages may overlap
-                _return(lent)
-                del self._lent[name]
-        self.active = False
 
 
 def _return(lent: _Lent) -> None:
     tensor = lent.pair.live
     if lent.how == "storage":
         tensor.data = lent.live
-    elif lent.how == "exchange":
-        exchange_(tensor.data, lent.average)
-    else:
+    elif lent.how == "contents":
         tensor.data.copy_(lent.live)
+    elif lent.exchanged:
+        exchange_(tensor.data, lent.average)
+        lent.exchanged = False
     for table, leaf in lent.pair.candidate.slots:
         if leaf in table and table[leaf] is not tensor:
             table[leaf] = tensor  # an evaluation that assigns to a buffer hangs another tensor there
@@ -172,3 +168,44 @@ def _replaced(candidate: Candidate) -> bool:
 
 def _copy_like(average: Tensor, tensor: Tensor) -> Tensor:
     return average.to(device=tensor.device, dtype=tensor.dtype, copy=True)
+
+
+def lasting(state_dict: dict[str, Any], returning: Iterable[Tensor]) -> dict[str, Any]:
+    """A ``state_dict`` taken during a loan that stays as it is after the recall.
+
+    Entries that lie in the storage of ``returning`` are cloned; all others keep the storage they were lent, also where
+    an entry is a Parameter itself, which the recall would turn live again.
+    """
+    storages = {tensor.untyped_storage().data_ptr() for tensor in returning}
+
+    def kept(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        inside = value.untyped_storage().data_ptr() in storages
+        return value.detach().clone() if inside else value.detach()
+
+    return {key: kept(value) for key, value in state_dict.items()}
+
+
+def missing(pairs: Iterable[tuple[str, Tensor, Tensor]], state_dict: dict[str, Any]) -> dict[str, Tensor]:
+    """The averages that a ``state_dict``, taken while the module carries them, does not hold exactly.
+
+    Args:
+        pairs: name, the module's tensor that carries the average, and the average.
+        state_dict: under whichever keys a module gives it.
+    """
+    held = {_place(value) for value in state_dict.values() if isinstance(value, Tensor)}
+    return {
+        name: average
+        for name, tensor, average in pairs
+        if average.dtype != tensor.dtype or not (_place(tensor) in held or _same(state_dict.get(name), average))
+    }
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape
+
+
+def _same(value: Any, average: Tensor) -> bool:
+    alike = isinstance(value, Tensor) and value.dtype == average.dtype and value.device == average.device
+    return alike and torch.equal(value, average)

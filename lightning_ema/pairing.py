@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections import Counter
 from collections.abc import Iterable
@@ -45,6 +46,7 @@ class Pairing:
         self._pairs: dict[str, Pair] = {}
         self._admitted: set[str] = set()
         self._unbounded: set[str] = set()
+        self._trusted = False
         self._refresh()
         check_patterns(self._survey, settings.include, settings.exclude)
         if not any(not pair.candidate.is_buffer for pair in self._pairs.values()) and not self._waiting_lazy():
@@ -84,24 +86,30 @@ class Pairing:
         self.refresh_if_stale()
         return self._lives
 
-    def admit(self) -> None:
-        """Lets parameters join that were unfrozen or added since the last update, with the values they have now."""
-        if not self._survey.holds() or self._someone_joins():
-            self._refresh()
+    def refresh_if_stale(self, trust_structure_once: bool = False) -> None:
+        """Pairs again if a tensor was unfrozen, added, replaced, moved or cast since the last time.
 
-    def refresh_if_stale(self) -> None:
-        """Pairs again if a tensor was unfrozen, added, replaced, moved or cast since the last time."""
-        self.admit()
+        Args:
+            trust_structure_once: spares the next call the walk over the submodules.
+        """
+        trusted, self._trusted = self._trusted, trust_structure_once
+        if not trusted and (not self._survey.holds() or self._someone_joins()):
+            self._refresh()
+            return
         for table, leaf, live, pointer in self._expected:
             if table.get(leaf) is not live or live.data_ptr() != pointer:
                 if not self._adopt():
                     self._refresh()
                 return
 
-    def load(self, averages: dict[str, Tensor]) -> None:
+    def load(self, averages: dict[str, Tensor], buffers_begin: bool = False) -> None:
         """Takes the averages over by name. Parameters that do not take part yet, such as frozen ones, join.
 
         What the settings leave out (``include``, ``exclude``, ``buffers``) stays out: the settings win over the file.
+
+        Args:
+            averages: all averages, by name.
+            buffers_begin: buffers that are not among them begin with the live ones.
 
         Raises:
             ValueError: tensors are missing, unknown or of another shape; nothing was changed then.
@@ -111,7 +119,11 @@ class Pairing:
         problems = [f"{name}: not in the module" for name in averages if name not in known]
         wanted = {known[name].name: value for name, value in averages.items() if name in known}
         wanted = {name: value for name, value in wanted.items() if self._allowed(known[name])}
-        problems += [f"{name}: not in the state" for name in self._pairs if name not in wanted]
+        problems += [
+            f"{name}: not in the state"
+            for name, pair in self._pairs.items()
+            if name not in wanted and not (buffers_begin and pair.candidate.is_buffer)
+        ]
         problems += [
             f"{name}: shape {tuple(value.shape)} in the state, {tuple(known[name].tensor.shape)} in the module"
             for name, value in wanted.items()
@@ -160,6 +172,13 @@ class Pairing:
     def _takes(self, candidate: Candidate) -> bool:
         if not self._allowed(candidate):
             return False
+        if _expanded(candidate.tensor):
+            if candidate.is_buffer:
+                return False
+            raise ValueError(
+                f"{candidate.name} is expanded: several of its elements are one number in memory, and cannot be "
+                "averaged apart. Leave it out, exclude=[...], or make it contiguous."
+            )
         if candidate.name in self._admitted:
             return True
         if not candidate.is_buffer:
@@ -213,6 +232,7 @@ class Pairing:
     def _arrange(self) -> None:
         """Lays pairs of one kind side by side, and keeps what tells later that nothing has changed."""
         holders = Counter(_storage(candidate) for candidate in self._survey.candidates)
+        crossed = _crossed(self._survey.candidates)
         ordered = sorted(self._pairs.values(), key=lambda pair: str(_kind(pair)))
         self._ordered = ordered
         self._expect()
@@ -220,6 +240,7 @@ class Pairing:
         for pair in ordered:
             unshared = holders[_storage(pair.candidate)] == 1 and not pair.candidate.aliases
             pair.exclusive = unshared and owns_storage(pair.live)
+            pair.crossed = id(pair.candidate) in crossed
         start = 0
         while self.started and start < len(ordered):
             end = start
@@ -257,11 +278,35 @@ class Pairing:
         return any(torch.nn.parameter.is_lazy(candidate.tensor) for candidate in self._waiting)
 
 
+def _expanded(tensor: Tensor) -> bool:
+    if torch.nn.parameter.is_lazy(tensor):
+        return False
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
 def _storage(candidate: Candidate) -> int:
     """Where the storage lies; a number of its own for tensors without one (empty, lazy)."""
     tensor = candidate.tensor
     pointer = 0 if torch.nn.parameter.is_lazy(tensor) else tensor.untyped_storage().data_ptr()
     return pointer or -id(tensor)
+
+
+def _crossed(candidates: list[Candidate]) -> set[int]:
+    """The ``id`` of each candidate that shares part of its memory with another one."""
+    spans: dict[int, list[tuple[int, int, Candidate]]] = {}
+    for candidate in candidates:
+        tensor = candidate.tensor
+        if not torch.nn.parameter.is_lazy(tensor) and tensor.numel() > 0:
+            extent = sum((size - 1) * abs(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            first = int(tensor.storage_offset())
+            spans.setdefault(_storage(candidate), []).append((first, first + int(extent), candidate))
+    found: set[int] = set()
+    for span in spans.values():
+        span.sort(key=lambda item: item[:2])
+        for (_, last, one), (first, _, other) in itertools.pairwise(span):
+            if first <= last:
+                found |= {id(one), id(other)}
+    return found
 
 
 def _kind(pair: Pair) -> tuple[object, ...]:

@@ -31,7 +31,7 @@ class Plan:
     samples_per_step: float | None = None
 
     def after(self, steps: int) -> Plan:
-        """The plan as seen by a schedule that begins ``steps`` later."""
+        """The plan as seen by a schedule that begins ``steps`` later (earlier, where negative)."""
         return self if self.total_steps is None else replace(self, total_steps=max(1, self.total_steps - steps))
 
 
@@ -102,7 +102,8 @@ class Warmup(Schedule):
 
     def __post_init__(self) -> None:
         check_decay(self.decay, self)
-        if not self.offset >= 1:
+        check_positive(self.offset, "offset", self)
+        if self.offset < 1:
             raise ValueError(f"Warmup: offset is {self.offset!r}; it must be at least 1 (the usual value is 10).")
 
     def __call__(self, n: int) -> float:
@@ -142,9 +143,7 @@ class HalfLife(Schedule):
                 f"HalfLife: got {', '.join(given) or 'nothing'}; give exactly one of steps=, epochs= and samples=, "
                 "for instance HalfLife(steps=1000)."
             )
-        value = getattr(self, given[0])
-        if not 0 < value < math.inf:
-            raise ValueError(f"HalfLife: {given[0]} is {value!r}; it must be positive and finite.")
+        check_positive(getattr(self, given[0]), given[0], self)
 
     def __call__(self, n: int) -> float:
         return self.product(n - 1, n)
@@ -233,8 +232,8 @@ class ExponentialAnnealing(Schedule):
     def __post_init__(self) -> None:
         check_decay(self.decay, self)
         check_positive(self.gamma, "gamma", self)
-        if not 0 <= self.offset < math.inf:
-            raise ValueError(f"ExponentialAnnealing: offset is {self.offset!r}; it must be zero or positive.")
+        if self.offset != 0:
+            check_positive(self.offset, "offset", self)
 
     def __call__(self, n: int) -> float:
         return -self.decay * math.expm1(-(n + self.offset) / self.gamma)

@@ -34,6 +34,7 @@ class Candidate:
         tensor: the tensor found there.
         aliases: other tensors of the module on the very same memory, such as a second ``Parameter(first.data)``.
         is_buffer: whether it is a buffer rather than a parameter.
+        rewritten: whether a forward pass may write to it, as that of ``nn.Embedding(max_norm=...)`` does.
     """
 
     names: tuple[str, ...]
@@ -41,6 +42,7 @@ class Candidate:
     tensor: Tensor
     aliases: tuple[Tensor, ...]
     is_buffer: bool
+    rewritten: bool
 
     @property
     def name(self) -> str:
@@ -53,10 +55,16 @@ class Candidate:
 
 
 class Survey:
-    """One walk over a module: its candidates, and what is needed to notice cheaply that the walk is out of date."""
+    """One walk over a module, with what is needed to notice cheaply that it is out of date.
+
+    Attributes:
+        candidates: what could be averaged.
+        tensors: every parameter and every buffer of the ``state_dict``, integers too, by all of their names.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.owner = type(module).__name__
+        self.tensors: dict[str, Tensor] = {}
         places: dict[object, list[_Place]] = {}
         self._children: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
         self._tables: list[dict[str, Tensor | None] | dict[str, nn.Module | None]] = []
@@ -67,9 +75,12 @@ class Survey:
             volatile = transient_buffers(owner)
             for table, is_buffer in ((parameters, False), (buffers, True)):
                 for leaf, tensor in table.items():
-                    # quantized weights are stored as integers, and stay out like integer buffers
-                    if tensor is not None and _floats(tensor) and not (is_buffer and leaf in volatile):
-                        place = _Place(f"{path}{leaf}", table, leaf, tensor, is_buffer)
+                    if tensor is None or (is_buffer and leaf in volatile):
+                        continue
+                    self.tensors.setdefault(f"{path}{leaf}", tensor)
+                    if _floats(tensor):  # quantized weights are stored as integers, and stay out like integer buffers
+                        rewritten = getattr(owner, "max_norm", None) is not None
+                        place = _Place(f"{path}{leaf}", table, leaf, tensor, is_buffer, rewritten)
                         places.setdefault(_memory(tensor), []).append(place)
         self._size = sum(map(len, self._tables))
         self.candidates = [_candidate(alike) for alike in places.values()]
@@ -89,6 +100,7 @@ class _Place:
     leaf: str
     tensor: Tensor
     is_buffer: bool
+    rewritten: bool
 
 
 def _candidate(places: list[_Place]) -> Candidate:
@@ -101,6 +113,7 @@ def _candidate(places: list[_Place]) -> Candidate:
         tensor=tensor,
         aliases=tuple(aliases.values()),
         is_buffer=places[0].is_buffer,
+        rewritten=any(place.rewritten for place in places),
     )
 
 

@@ -6,11 +6,12 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import torch
 
-from lightning_ema.checks import check_choice, check_count
+from lightning_ema.checks import check_choice, check_count, check_flag
 from lightning_ema.schedules import Schedule, Warmup
 
 DecayPer = Literal["step", "update"]
@@ -59,8 +60,12 @@ class Settings:
         check_count(start_step, "start_step", at_least=0)
         check_choice(decay_per, "decay_per", get_args(DecayPer))
         if buffers == "recalibrate":
-            raise ValueError("buffers='recalibrate' is not available yet; accepted are 'average' and 'copy'.")
+            raise ValueError(
+                "buffers='recalibrate' needs training batches, which EMACallback takes from its Trainer. In a loop of "
+                "your own write buffers='copy', and in `with average.lent():` call torch.optim.swa_utils.update_bn."
+            )
         check_choice(buffers, "buffers", ("average", "copy"))
+        check_flag(include_frozen, "include_frozen")
         check_choice(on_nonfinite, "on_nonfinite", get_args(OnNonfinite))
         _check_dtype(dtype)
         _warn_of_interval(every_n_steps, schedule)
@@ -74,7 +79,7 @@ class Settings:
             include_frozen=include_frozen,
             buffers=buffers,
             dtype=dtype,
-            device=None if device is None else torch.device(device),
+            device=None if device is None else _device(device),
             on_nonfinite=on_nonfinite,
         )
 
@@ -96,12 +101,12 @@ def as_schedule(decay: float | Schedule | Sequence[float | Schedule]) -> Schedul
             f"decay={list(decay)!r}: one average follows one decay for now. Add one EMACallback for each, with names "
             "of their own and evaluate='live' on all but one: EMACallback(0.99, name='fast', evaluate='live')."
         )
-    if isinstance(decay, bool) or not isinstance(decay, (int, float)):
+    if isinstance(decay, bool) or not isinstance(decay, Real):
         raise TypeError(
             f"decay is {decay!r}; it must be a number in [0, 1] or a Schedule, for instance 0.999 or "
             "Cosine(0.99, 1.0, total_steps=10_000)."
         )
-    return Warmup(decay)
+    return Warmup(float(decay))
 
 
 def _check_dtype(dtype: torch.dtype | None) -> None:
@@ -109,14 +114,29 @@ def _check_dtype(dtype: torch.dtype | None) -> None:
         return
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype is {dtype!r}; it must be a torch dtype, for instance torch.float32.")
-    if not (dtype.is_floating_point or dtype.is_complex) or torch.finfo(dtype).bits < 32:
+    if not dtype.is_floating_point or torch.finfo(dtype).bits < 32:
         raise ValueError(
-            f"dtype is {dtype}; an average needs at least float32 - at a decay of 0.9999 one of 16 bits stops moving. "
+            f"dtype is {dtype}; an average needs a real type of at least float32: at a decay of 0.9999 one of 16 "
+            "bits stops moving. "
             "Write torch.float32 or torch.float64, or leave it out."
         )
 
 
+def _device(device: torch.device | str) -> torch.device:
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device is {device!r}; torch knows no such device. Write 'cpu' or 'cuda:0'.") from error
+    if found.type == "meta":
+        raise ValueError("device is 'meta', where tensors hold no numbers; leave it out, or write 'cpu'.")
+    return found
+
+
 def _patterns(patterns: Sequence[str], name: str) -> tuple[str, ...]:
+    if not isinstance(patterns, str) and not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"{name} is {patterns!r}; it must be a list of patterns such as {name}=['encoder.*'].")
+    if not isinstance(patterns, str) and name == "include" and not patterns:
+        raise ValueError("include is empty, so that nothing would be averaged; leave it out to average everything.")
     if isinstance(patterns, str):
         raise TypeError(f"{name} is the string {patterns!r}; it must be a list of patterns: {name}=[{patterns!r}].")
     return tuple(patterns)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
+_COUNTERS = ("num_steps", "num_updates", "num_skipped", "last_update_step", "start_step")
+
 FORMAT = 1
 """The format that is written, and the only one that is read so far."""
 
@@ -19,6 +23,16 @@ def check_state(state: dict[str, Any]) -> None:
             f"the state has format {state.get('format')!r}; this version of lightning_ema reads format {FORMAT}. "
             "Update lightning_ema to read files that a newer one wrote."
         )
-    needed = {"num_steps", "num_updates", "num_skipped", "last_update_step", "start_step", "started", "average"}
-    if missing := sorted(needed - state.keys()):
-        raise ValueError(f"the state lacks {', '.join(missing)}; it is damaged or was not written by lightning_ema.")
+    kinds: dict[str, type] = dict.fromkeys(_COUNTERS, int) | {"started": bool, "config": dict, "average": dict}
+    wrong = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
+    wrong += [f"average[{name!r}]" for name, value in _entries(state, "average") if not isinstance(value, Tensor)]
+    wrong += [f"live[{name!r}]" for name, value in _entries(state, "live") if not isinstance(value, Tensor)]
+    if wrong:
+        raise ValueError(
+            f"the state is damaged, or was not written by lightning_ema: {', '.join(wrong)} missing or of the wrong "
+            "kind. Take another checkpoint; its weights can still be loaded without the callback."
+        )
+
+
+def _entries(state: dict[str, Any], name: str) -> list[tuple[str, Any]]:
+    return list(state[name].items()) if isinstance(state.get(name), dict) else []

@@ -18,6 +18,9 @@ class StepCounter:
 
     An optimizer whose ``step`` calls another one (``super().step()``, SAM, Lookahead) counts once, at the outermost
     call.
+
+    Attributes:
+        missed: steps of theirs that were taken outside.
     """
 
     def __init__(self) -> None:
@@ -26,11 +29,18 @@ class StepCounter:
         self._taken: dict[Optimizer, int] = {}
         self._depth = 0
         self._open = False
+        self.missed = 0
+
+    @property
+    def held(self) -> bool:
+        """Whether the hooks hang."""
+        return bool(self._handles)
 
     def hold(self, owns: Callable[[Optimizer], bool]) -> None:
         """Hangs the hooks in."""
         self.release()
         self._owns = owns
+        self.missed = 0
         self._handles = (register_optimizer_step_pre_hook(self._enter), register_optimizer_step_post_hook(self._leave))
 
     def release(self) -> None:
@@ -64,7 +74,10 @@ class StepCounter:
 
     def _leave(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._depth = max(0, self._depth - 1)
-        if self._depth or not self._open or self._owns is None or not self._owns(optimizer):
+        if self._depth or self._owns is None or not self._owns(optimizer):
+            return
+        if not self._open:
+            self.missed += 1
             return
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):

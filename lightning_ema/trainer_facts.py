@@ -6,11 +6,17 @@ import math
 from importlib.metadata import PackageNotFoundError, version
 from typing import TypeVar, cast
 
+import lightning_utilities.core.rank_zero as rank_zero
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_ema.schedules import Plan
 
 _Kind = TypeVar("_Kind", bound=type)
+
+_CONFLICTING = {
+    "WeightAveraging": "both would put an average of theirs into evaluations and files. Keep one of them.",
+    "ModelPruning": "its masks are buffers, and an average of masks is no mask. Prune the averaged model after fit.",
+}
 
 _UNSUPPORTED = {
     "FSDPStrategy": "it flattens parameters, so that they have no names of their own",
@@ -29,10 +35,24 @@ def known_to_pytorch_lightning(kind: _Kind) -> _Kind:
     except PackageNotFoundError:
         return kind
     if (int(major), int(minor)) < (2, 6):
+        logger = rank_zero.log  # the import puts a logger of its own in place of Lightning's
         import pytorch_lightning
 
+        rank_zero.log = logger
         kind.__bases__ = (*kind.__bases__, pytorch_lightning.Callback)
     return kind
+
+
+def check_callbacks(trainer: Trainer) -> None:
+    """Refuse callbacks beside which an average would be wrong.
+
+    Raises:
+        ValueError: naming the callback and what to do instead.
+    """
+    for callback in callbacks(trainer):
+        for kind in type(callback).__mro__:
+            if kind.__name__ in _CONFLICTING:
+                raise ValueError(f"EMACallback does not work beside {kind.__name__}: {_CONFLICTING[kind.__name__]}")
 
 
 def is_fitting(trainer: Trainer) -> bool:
@@ -68,12 +88,24 @@ def plan(trainer: Trainer) -> Plan:
     changing = any(type(c).__name__ == "GradientAccumulationScheduler" for c in callbacks(trainer))
     known = not changing and batches != math.inf and batches > 0
     per_epoch = math.ceil(batches / accumulated) if known else None
-    ends = [trainer.max_steps] if trainer.max_steps not in (None, -1) else []
+    # max_steps counts the steps of every optimizer; under automatic optimization there is one
+    in_turn = max(1, len(trainer.optimizers))
+    ends = [math.ceil(trainer.max_steps / in_turn)] if trainer.max_steps not in (None, -1) else []
     if per_epoch is not None and trainer.max_epochs not in (None, -1):
         ends.append(per_epoch * trainer.max_epochs)
     batch_size = getattr(trainer.train_dataloader, "batch_size", None)
     samples = None if batch_size is None or changing else float(batch_size * accumulated * trainer.world_size)
     return Plan(min(ends) if ends else None, per_epoch, samples)
+
+
+def steps_done(trainer: Trainer) -> int:
+    """The steps of this trainer so far, in batches that stepped, those of a resumed run included."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def spawns(trainer: Trainer) -> bool:
+    """Whether the run happens in processes whose memory the main process never sees again."""
+    return getattr(trainer.strategy.launcher, "_start_method", None) in ("spawn", "fork", "forkserver")
 
 
 def logs_this_step(trainer: Trainer) -> bool:

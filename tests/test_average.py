@@ -101,7 +101,7 @@ class TestTheUpdate:
         assert (value(average), average.start_step, average.num_updates) == (5, 5, 0)
 
     def test_negative_steps_are_refused(self):
-        with pytest.raises(ValueError, match=r"step\(-1\): the number of steps since the last call"):
+        with pytest.raises(ValueError, match=r"step\(-1\): the number of steps since the last call is a whole number"):
             WeightAverage(Numbers(a=1)).step(-1)
 
     def test_a_schedule_that_lacks_the_run_says_so_at_the_first_step(self):
@@ -433,10 +433,13 @@ class TestState:
         average = WeightAverage(Numbers(a=1))
         with pytest.raises(ValueError, match=r"format 2; this version of lightning_ema reads format 1\. Update"):
             average.load_state_dict({**average.state_dict(), "format": 2})
-        damaged = average.state_dict()
-        del damaged["num_steps"], damaged["average"]
-        with pytest.raises(ValueError, match="the state lacks average, num_steps; it is damaged"):
-            average.load_state_dict(damaged)
+        for name in ("num_steps", "average", "started"):
+            damaged = average.state_dict()
+            del damaged[name]
+            with pytest.raises(ValueError, match=rf"the state is damaged.*: {name} missing or of the wrong kind"):
+                average.load_state_dict(damaged)
+        with pytest.raises(ValueError, match=r"average\['a'\] missing or of the wrong kind"):
+            average.load_state_dict({**average.state_dict(), "average": {"a": [1.0]}})
 
     def test_an_averaged_buffer_is_taken_up_though_the_live_one_has_diverged(self):
         source, diverged = WeightAverage(nn.BatchNorm1d(1)), nn.BatchNorm1d(1)

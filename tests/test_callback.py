@@ -8,7 +8,14 @@ import pytest
 import torch
 from helpers import BATCHES, Regression, clones, ema, equal, fit, loader, seeded, trainer
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    EMAWeightAveraging,
+    LearningRateFinder,
+    ModelCheckpoint,
+    ModelPruning,
+)
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
@@ -224,6 +231,15 @@ class TestStart:
             fit(seeded(), callback, accumulate_grad_batches=2)
             assert callback.average.schedule == HalfLife(steps=steps)
 
+    @pytest.mark.parametrize(
+        ("settings", "total"),
+        [({"max_steps": 7, "max_epochs": None}, 7), ({"max_steps": 7}, 7), ({"max_steps": 99}, 2 * BATCHES)],
+    )
+    def test_the_run_ends_with_max_steps_or_max_epochs_whichever_comes_first(self, settings, total):
+        callback = ema(decay=Cosine(0.5, 1.0))
+        fit(seeded(), callback, **settings)
+        assert callback.average.schedule.total_steps == total
+
     def test_a_run_without_an_end_is_refused_where_its_length_is_needed(self):
         with pytest.raises(
             ValueError, match=r"Cosine\(.*needs the total number of steps, which this run does not know"
@@ -331,6 +347,50 @@ class TestRefusals:
         mine = type("Mine", (Kind,), {})  # a user's subclass is refused like its parent
         with pytest.raises(ValueError, match=f"does not work with {strategy}: .*strategy='ddp'"):
             fit(seeded(), ema(), strategy=mine(torch.device("cpu")))
+
+    @pytest.mark.parametrize(
+        "other",
+        [lambda: EMAWeightAveraging(), lambda: ModelPruning("l1_unstructured", amount=0.5)],
+        ids=["ema", "pruning"],
+    )
+    def test_callbacks_beside_which_an_average_would_be_wrong(self, other):
+        with pytest.raises(ValueError, match=r"does not work beside (WeightAveraging|ModelPruning): .*\."):
+            fit(seeded(), ema(), other())
+
+    @pytest.mark.parametrize("order", [1, -1])
+    @pytest.mark.parametrize(
+        "tuner",
+        [lambda: LearningRateFinder(num_training_steps=4), lambda: BatchSizeFinder(steps_per_trial=2, max_trials=2)],
+        ids=["learning rate", "batch size"],
+    )
+    def test_tuners_leave_no_trace_in_the_average(self, tuner, order, tmp_path, monkeypatch):
+        class Tuned(Regression):
+            def __init__(self):
+                super().__init__()
+                self.lr, self.batch_size = 0.01, 2
+
+            def train_dataloader(self):
+                return loader()
+
+            def val_dataloader(self):
+                return loader(1)
+
+        monkeypatch.chdir(tmp_path)
+        callback, module = EMACallback(Constant(0.9)), seeded(Tuned)
+        start, states = clones(module.state_dict()), []
+
+        class Watch(Callback):
+            def on_train_batch_end(self, trainer, pl_module, *_):
+                states.append(clones(pl_module.state_dict()))
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer(*[callback, tuner()][::order], Watch(), max_epochs=1).fit(module)
+        expected = start["net.0.weight"]
+        for state in states[-BATCHES:]:
+            expected = 0.9 * expected + 0.1 * state["net.0.weight"]
+        assert callback.average.num_steps == BATCHES
+        torch.testing.assert_close(dict(callback.average.named_tensors())["net.0.weight"], expected)
 
     def test_training_and_strategies_without_the_callback_are_left_alone(self):
         module = seeded()

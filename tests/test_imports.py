@@ -12,22 +12,23 @@ LAYERS = [
     {"checks", "state"},
     {"schedules"},
     {"compositions", "advice", "selection", "kernels", "steps"},
-    {"settings", "loan", "footprint"},
+    {"settings", "loan", "footprint", "recalibration"},
     {"pairing"},
     {"average"},
-    {"checkpoint", "trainer_facts", "save_hook"},
+    {"checkpoint", "trainer_facts", "module_hook", "training_batches"},
+    {"custody"},
     {"callback"},
     {"__init__"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 ALLOWED_OUTSIDE = {
     "checks": set(),
-    "state": set(),
+    "state": {"torch"},
     "schedules": set(),
     "compositions": set(),
     "advice": set(),
     "checkpoint": {"torch"},
-    **{name: {"lightning", "torch"} for name in ("callback", "save_hook")},
+    **{name: {"lightning", "torch"} for name in ("callback", "module_hook", "training_batches")},
     "trainer_facts": {"lightning", "pytorch_lightning"},
     "selection": {"torch", "torchmetrics"},
 }

@@ -53,6 +53,12 @@ def test_cast_in_chunks_equals_the_reference(layout, live_dtype):
     assert all(torch.equal(a, b) for a, b in zip(averages, expected, strict=True))
 
 
+def test_cast_between_different_memory_orders():
+    average, live = torch.zeros(2, 3), torch.arange(6.0).reshape(3, 2).t().bfloat16()
+    lerp_cast_([average], [live], 0.5)
+    assert average.tolist() == [[0, 1, 2], [0.5, 1.5, 2.5]]
+
+
 def test_cast_needs_no_full_size_temporary(count_allocations):
     average, live = torch.zeros(20 * CHUNK), torch.ones(20 * CHUNK, dtype=torch.bfloat16)
     with count_allocations() as allocated:

@@ -18,11 +18,16 @@ BAD = [
     ({"decay_per": "epoch"}, ValueError, "decay_per is 'epoch'; accepted are 'step', 'update'"),
     ({"include": "net.*"}, TypeError, r"include is the string 'net.\*'; it must be a list .*include=\['net"),
     ({"exclude": "net.*"}, TypeError, "exclude is the string"),
-    ({"buffers": "recalibrate"}, ValueError, "buffers='recalibrate' is not available yet; accepted are 'average'"),
     ({"buffers": "ignore"}, ValueError, "buffers is 'ignore'; accepted are 'average', 'copy'"),
-    ({"dtype": torch.bfloat16}, ValueError, "an average needs at least float32"),
-    ({"dtype": torch.int64}, ValueError, "an average needs at least float32"),
+    ({"dtype": torch.bfloat16}, ValueError, "an average needs a real type of at least float32"),
+    ({"dtype": torch.int64}, ValueError, "an average needs a real type of at least float32"),
     ({"dtype": "float32"}, TypeError, "dtype is 'float32'; it must be a torch dtype"),
+    ({"dtype": torch.complex64}, ValueError, "an average needs a real type of at least float32"),
+    ({"device": "meta"}, ValueError, "device is 'meta', where tensors hold no numbers"),
+    ({"device": "foo"}, ValueError, "device is 'foo'; torch knows no such device"),
+    ({"include": []}, ValueError, "include is empty, so that nothing would be averaged"),
+    ({"include": [1]}, TypeError, r"include is \[1\]; it must be a list of patterns"),
+    ({"include_frozen": "no"}, TypeError, "include_frozen is 'no'; it must be True or False"),
     ({"on_nonfinite": "warn"}, ValueError, "on_nonfinite is 'warn'; accepted are 'skip', 'raise', 'ignore'"),
 ]
 
@@ -41,6 +46,8 @@ def test_bad_arguments_are_refused_at_construction(make, arguments, error, messa
         ({"evaluate": "ema"}, "evaluate is 'ema'; accepted are 'average', 'live'"),
         ({"after_fit": "both"}, "after_fit is 'both'; accepted are 'average', 'live'"),
         ({"start_epoch": -1}, "start_epoch is -1; it must be at least 0"),
+        ({"recalibrate_batches": 5}, "recalibrate_batches=5 needs buffers='recalibrate'"),
+        ({"recalibrate_batches": 0, "buffers": "recalibrate"}, "recalibrate_batches is 0; it must be at least 1"),
         ({"name": ""}, "name is ''; it must be a word"),
     ],
 )
@@ -71,3 +78,8 @@ def test_an_interval_within_a_tenth_of_the_horizon_does_not(decay, every_n_steps
 def test_settings_come_back_from_their_own_arguments():
     average = WeightAverage(torch.nn.Linear(1, 1), 0.9, start_step=3, exclude=["bias"], dtype=torch.float64)
     assert WeightAverage(average.module, **average.settings.as_arguments()).settings == average.settings
+
+
+def test_the_engine_alone_has_no_batches_to_recalibrate_from():
+    with pytest.raises(ValueError, match=r"EMACallback takes from its Trainer.*buffers='copy'.*update_bn"):
+        WeightAverage(torch.nn.Linear(1, 1), buffers="recalibrate")

@@ -1,0 +1,176 @@
+"""Who carries which weights, from the start of a fit to whatever comes after it. Knows torch, not Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ema.average import WeightAverage
+from lightning_ema.checkpoint import pack, unpack
+from lightning_ema.footprint import Footprint
+from lightning_ema.loan import lasting
+from lightning_ema.recalibration import Recalibration
+from lightning_ema.selection import Survey
+
+Batches = AbstractContextManager[Iterable[Any]]
+
+
+class Custody:
+    """An average and all that changes hands around it.
+
+    The module carries, at any time, one of: its live weights; the average on loan, in an evaluation; the average
+    delivered, after a fit; the weights of a file that is evaluated after a fit, while the live ones are kept aside.
+
+    Args:
+        average: the average.
+        evaluates: whether evaluations and ``state_dict`` are given the average; otherwise it is only followed.
+        recalibrates: whether BatchNorm statistics are re-estimated for it.
+    """
+
+    def __init__(self, average: WeightAverage, evaluates: bool, recalibrates: bool) -> None:
+        self.average = average
+        self._evaluates = evaluates
+        self._statistics = Recalibration(average.module) if recalibrates else None
+        self._aside: dict[str, Tensor] = {}
+        self._was_delivered = self._loading = False
+        self._footprint: Footprint | None = None
+
+    # --- an evaluation ----------------------------------------------------------------------------------------------
+
+    @property
+    def lends(self) -> bool:
+        """Whether an evaluation or a file is to be given the average, and the module does not carry it already."""
+        return self.gives_average and self.average.loan is None and not self.average.delivered
+
+    @property
+    def gives_average(self) -> bool:
+        """Whether evaluations and files are to see the average at present, rather than what is in the module."""
+        return self._evaluates and self.average.num_updates > 0 and not self._aside
+
+    def lend(self, batches: Batches | None = None) -> None:
+        """Lends the average, with statistics estimated from ``batches`` where that has not been done for it yet."""
+        self.average.lend()
+        try:
+            self._put_statistics_in(batches)
+        except BaseException:
+            self.recall()
+            raise
+
+    def recall(self) -> None:
+        """Brings the live weights back, also from a loan that a user's hook made; without one it does nothing."""
+        if self._statistics is not None and self.average.loan is not None:
+            self._statistics.take_out()
+        if self.average.loan is not None:
+            self.average.loan.recall()
+
+    @contextmanager
+    def carried(self, batches: Batches | None) -> Iterator[None]:
+        """The module carries the average inside this block: already, or on a loan of its own."""
+        if not self.lends:
+            yield
+            return
+        self.lend(batches)
+        try:
+            yield
+        finally:
+            self.recall()
+
+    def lasting(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A ``state_dict`` of the module carrying the average that stays as it is after the recall."""
+        returning = [] if self.average.loan is None else self.average.loan.returning()
+        return lasting(state_dict, returning + ([] if self._statistics is None else self._statistics.tensors()))
+
+    def _put_statistics_in(self, batches: Batches | None) -> None:
+        if self._statistics is None:
+            return
+        updates = self.average.num_updates
+        if batches is None or self._statistics.made_at == updates:
+            self._statistics.put_in(None, updates)
+        else:
+            with batches as inputs:
+                self._statistics.put_in(inputs, updates)
+
+    # --- after a fit ------------------------------------------------------------------------------------------------
+
+    def leave(self, deliver: bool) -> None:
+        """A fit ends: the module is left with its live weights or, where there is one, with the average."""
+        if deliver and self.lends:
+            self.average.deliver()
+            self._put_statistics_in(None)
+        self._footprint = Footprint(self.average.module)
+
+    @property
+    def left(self) -> bool:
+        """Whether a fit has ended, and none has begun since."""
+        return self._footprint is not None
+
+    def edited(self) -> bool:
+        """Whether anyone but a file under test has written to the module since the fit."""
+        return self._footprint is not None and not self._footprint.intact()
+
+    def put_aside(self) -> None:
+        """A file is about to be loaded for an evaluation: the live weights are copied, the average goes home."""
+        if not self._aside:
+            self._was_delivered = self.average.delivered
+            self._take_back_delivery()
+            self._aside = self.average.put_aside()
+        self._loading = True
+
+    def accept_file(self) -> None:
+        """The file has been loaded: that is no edit."""
+        if self._aside:
+            self._footprint = Footprint(self.average.module)
+        self._loading = False
+
+    def reject_file(self) -> None:
+        """Loading the file, or what came right after it, failed: the module is left as the fit had left it."""
+        if self._loading:
+            self.take_back()
+            self.leave(deliver=self._was_delivered)
+
+    def take_back(self) -> None:
+        """A fit begins: the live weights come back from wherever they are."""
+        self._take_back_delivery()
+        write(self._aside, self.average.module)
+        self._aside, self._footprint, self._loading = {}, None, False
+
+    def _take_back_delivery(self) -> None:
+        if self._statistics is not None:
+            self._statistics.take_out()
+        self.average.take_back()
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def entry(self) -> dict[str, Any]:
+        """The callback's entry in a checkpoint whose ``state_dict`` was taken while the module carried the average."""
+        model = Survey(self.average.module).tensors
+        if self._aside:
+            return pack(self.average.state_dict(), self._aside, model, in_state_dict=False)
+        in_state_dict = self._evaluates and self.average.num_updates > 0
+        live = dict(self.average.named_live()) if in_state_dict else {}
+        entry = pack(self.average.state_dict(), live, model, in_state_dict)
+        if self._statistics is not None:
+            entry["recalibrated_at"] = self._statistics.made_at
+            entry["live"] |= self._statistics.live() if in_state_dict else {}
+        return entry
+
+    def resume(self, entry: dict[str, Any]) -> None:
+        """Takes up an entry, after the file's ``state_dict`` was loaded into the module."""
+        state, live = unpack(entry, Survey(self.average.module).tensors)
+        self.average.load_state_dict(state)
+        if self._statistics is not None and "recalibrated_at" in entry:
+            self._statistics.keep(entry["recalibrated_at"])
+        write(live, self.average.module)
+
+
+def write(values: Mapping[str, Tensor], module: nn.Module) -> None:
+    """Writes tensors into a module's own, by name."""
+    if values:
+        tensors = Survey(module).tensors
+        with torch.no_grad():
+            for name, value in values.items():
+                tensors[name].copy_(value)

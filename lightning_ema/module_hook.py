@@ -1,0 +1,67 @@
+"""Acting around a module's own checkpoint hook, where Lightning calls no callback hook."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+from lightning.pytorch import LightningModule
+
+Hook = Callable[[dict[str, Any]], None]
+Around = Callable[[LightningModule, dict[str, Any], Hook], None]
+
+
+class ModuleHook:
+    """Stands in the place of one hook of one module and calls ``around(module, checkpoint, own)`` instead.
+
+    ``own`` is the module's own hook, which ``around`` calls in its turn.
+
+    It is the one public way to see a weights-only save, and a load before it happens. It holds the callback weakly
+    and acts only for the module it was hung on: a deep copy or a pickle of the module gets its class's own method back.
+    """
+
+    def __init__(self, module: LightningModule, name: str, around: Around) -> None:
+        self._module = weakref.ref(module)
+        self._name = name
+        self._around = weakref.WeakMethod(around)
+        self._own: Hook | None = vars(module).get(name)
+
+    def __call__(self, checkpoint: dict[str, Any]) -> None:
+        module, around = self._module(), self._around()
+        if module is None:
+            return
+        own = self._own or _method_of_class(module, self._name)
+        if around is None:
+            own(checkpoint)
+        else:
+            around(module, checkpoint, own)
+
+    @classmethod
+    def hang(cls, module: LightningModule, name: str, around: Around) -> None:
+        """Hangs a hook on the module, unless it hangs there already."""
+        hook = vars(module).get(name)
+        if not isinstance(hook, cls) or hook._around() != around:
+            setattr(module, name, cls(module, name, around))
+
+    @classmethod
+    def take_down(cls, module: LightningModule, name: str, around: Around) -> None:
+        """Takes the hook off again; what hung there before comes back."""
+        hook = vars(module).get(name)
+        if not isinstance(hook, cls) or hook._around() != around:
+            return
+        if hook._own is None:
+            delattr(module, name)
+        else:
+            setattr(module, name, hook._own)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MethodType:
+        return _method_of_class(memo[id(self._module())], self._name)  # the copy of the module, under way
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _method_of_class, (self._module(), self._name)
+
+
+def _method_of_class(module: Any, name: str) -> MethodType:
+    return MethodType(getattr(type(module), name), module)

@@ -1,0 +1,211 @@
+"""Promise 4 and 3: errors and signals in every hook, and a process killed at random moments."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+from helpers import BATCHES, Regression, clones, ema, equal, loader, seed_everything, seeded, trainer
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+
+from lightning_ema import EMACallback
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+FIT_HOOKS = [
+    "on_train_start",
+    "on_train_epoch_start",
+    "on_train_batch_start",
+    "on_before_backward",
+    "on_before_optimizer_step",
+    "on_before_zero_grad",
+    "on_train_batch_end",
+    "on_train_epoch_end",
+    "on_validation_start",
+    "on_validation_epoch_start",
+    "on_validation_batch_start",
+    "on_validation_batch_end",
+    "on_validation_epoch_end",
+    "on_validation_end",
+    "on_train_end",
+]
+
+
+class RaisesIn(Callback):
+    """Acts in one hook, from the second epoch on."""
+
+    def __init__(self, hook, act):
+        def fail(trainer, *_):
+            late = trainer.current_epoch == 1 or hook in ("on_train_start", "on_train_end") or trainer.state.fn != "fit"
+            if late and not trainer.sanity_checking:
+                act()
+
+        setattr(self, hook, fail)
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0)  # gives Python the chance to run the handler
+
+
+def fail():
+    raise ZeroDivisionError
+
+
+def attempt(module, *callbacks, **kwargs):
+    seed_everything(3, verbose=False)
+    this = trainer(*callbacks, **kwargs)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises((ZeroDivisionError, KeyboardInterrupt, SystemExit)):
+            this.fit(module, loader(), loader(2))
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    return this
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before ours", "after ours"])
+@pytest.mark.parametrize("act", [fail, interrupt])
+@pytest.mark.parametrize("hook", FIT_HOOKS)
+def test_live_weights_are_back_and_the_exceptions_file_is_right(hook, act, first, tmp_path):
+    callback, module, raiser = ema(), seeded(), RaisesIn(hook, act)
+    ours = [raiser, callback] if first else [callback, raiser]
+    attempt(module, *ours, OnExceptionCheckpoint(tmp_path), enable_checkpointing=True, default_root_dir=tmp_path)
+    average = callback.average
+    assert average.loan is None
+    live = clones(average.named_live())
+    assert equal({name: module.state_dict()[name] for name in live}, live)
+    file = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)
+    stored = {name: file["state_dict"][name] for name in live}
+    if average.num_updates:
+        assert equal(stored, clones(average.named_tensors()))
+        assert equal(file["callbacks"][callback.state_key]["live"], live)
+    else:
+        assert equal(stored, live)
+
+
+@pytest.mark.parametrize("entry_point", ["validate", "test", "predict"])
+@pytest.mark.parametrize("stage", ["start", "epoch_start", "batch_start", "batch_end", "epoch_end", "end"])
+@pytest.mark.parametrize("act", [fail, interrupt])
+def test_in_other_entry_points(entry_point, stage, act):
+    word = {"validate": "validation"}.get(entry_point, entry_point)
+    callback, module = ema(after_fit="live"), seeded()
+    seed_everything(3, verbose=False)
+    trainer(callback).fit(module, loader(), loader(1))
+    live = clones(module.state_dict())
+    this = trainer(callback, RaisesIn(f"on_{word}_{stage}", act))
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises((ZeroDivisionError, KeyboardInterrupt, SystemExit)):
+            getattr(this, entry_point)(module, loader(1))
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert equal(module.state_dict(), live)
+    assert not equal(callback.average.named_tensors(), callback.average.named_live())
+
+
+@pytest.mark.parametrize(
+    "hook", ["on_train_batch_start", "on_train_batch_end", "on_validation_batch_start", "on_validation_end"]
+)
+def test_sigterm(hook, tmp_path):
+    """Lightning turns SIGTERM into an exception at the next batch."""
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    def terminate():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0)
+
+    callback, module = ema(), seeded()
+    seed_everything(3, verbose=False)
+    handler = signal.getsignal(signal.SIGTERM)
+    this = trainer(
+        callback,
+        RaisesIn(hook, terminate),
+        OnExceptionCheckpoint(tmp_path),
+        enable_checkpointing=True,
+        default_root_dir=tmp_path,
+    )
+    try:
+        with pytest.raises((SIGTERMException, SystemExit)):
+            this.fit(module, loader(), loader(2))
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    live = clones(callback.average.named_live())
+    assert equal({name: module.state_dict()[name] for name in live}, live)
+    file = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)
+    assert equal({name: file["state_dict"][name] for name in live}, clones(callback.average.named_tensors()))
+
+
+class TestKilled:
+    """A child process trains and saves after every epoch; it is killed, and a new one goes on from the last file."""
+
+    EPOCHS = 12
+    KILLS = 30
+
+    def child(self, folder):
+        """Trains from the newest file that can be read to the end, and writes the final average."""
+        callback = ema(after_fit="live")
+        files = sorted(folder.glob("epoch=*.ckpt"), key=lambda p: int(p.stem.split("=")[1].split("-")[0]), reverse=True)
+        path = next((file for file in files if self.readable(file)), None)
+        seed_everything(3, verbose=False)
+        saving = ModelCheckpoint(folder, save_top_k=-1, filename="{epoch}", enable_version_counter=False)
+        this = trainer(callback, saving, max_epochs=self.EPOCHS, enable_checkpointing=True)
+        this.fit(seeded(Regression), loader(), loader(1), ckpt_path=path)
+        state = callback.average.state_dict()
+        torch.save({"average": state["average"], "num_steps": state["num_steps"]}, folder / "partial")
+        (folder / "partial").rename(folder / "final.pt")
+
+    @staticmethod
+    def readable(path):
+        try:
+            torch.load(path, weights_only=True)
+        except Exception:
+            return False
+        return True
+
+    def run_until(self, folder, deadline):
+        """Runs a child for at most ``deadline`` seconds; gives whether it was killed."""
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                os.dup2(1, 2)
+                self.child(folder)
+            finally:
+                os._exit(0)
+        end = time.monotonic() + deadline
+        while time.monotonic() < end:
+            if os.waitpid(pid, os.WNOHANG)[0]:
+                return False
+            time.sleep(0.002)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        return True
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="the harness forks, so that a new process costs no new imports")
+    def test_the_final_average_is_that_of_the_uninterrupted_run(self, tmp_path):
+        whole = tmp_path / "whole"
+        whole.mkdir()
+        started = time.monotonic()
+        assert self.run_until(whole, 120) is False
+        length = time.monotonic() - started
+        expected = torch.load(whole / "final.pt", weights_only=True)
+        assert expected["num_steps"] == self.EPOCHS * BATCHES
+        moments, kills, round_ = random.Random(0), 0, 0
+        while kills < self.KILLS:
+            folder = tmp_path / str(round_)
+            folder.mkdir()
+            round_ += 1
+            while self.run_until(folder, moments.uniform(0.05, 0.6) * length):
+                kills += 1
+                assert kills < 20 * self.KILLS, "no round ever ends"
+            result = torch.load(folder / "final.pt", weights_only=True)
+            assert result["num_steps"] == expected["num_steps"]
+            assert equal(result["average"], expected["average"])
+
+
+def test_the_callback_under_test_is_ours():
+    assert isinstance(ema(), EMACallback)

@@ -1,0 +1,374 @@
+"""Promise 3, from every point at which Lightning can save: the resumed run ends where the uninterrupted one does."""
+
+import pytest
+import torch
+from helpers import BATCHES, Regression, clones, ema, equal, fit, loader, seed_everything, seeded, trainer
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import BaseFinetuning, EMAWeightAveraging, OnExceptionCheckpoint
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_ema import Constant, EMACallback, Equal
+
+EPOCHS = 4
+
+
+class Resumable(DataLoader):
+    """A loader without shuffling that goes on at the batch where it was saved, as Lightning asks of resumable ones."""
+
+    def __init__(self):
+        super().__init__(loader().dataset, batch_size=8)
+        self.position = 0
+
+    def __iter__(self):
+        start, self.position = self.position, 0
+        for index, batch in enumerate(super().__iter__()):
+            if index >= start:
+                self.position = (index + 1) % BATCHES
+                yield batch
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.position = state["position"]
+
+
+class Manual(Regression):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.Adam(self.net[0].parameters(), 0.01), torch.optim.SGD(self.net[4].parameters(), 0.01)]
+
+
+class Saves(Callback):
+    """Saves once, in one hook; before or after ours."""
+
+    def __init__(self, hook, path, at):
+        self.count, self.at, self.path = 0, at, path
+        setattr(self, hook, self.save)
+
+    def save(self, trainer, *_):
+        if not trainer.sanity_checking:
+            self.count += 1
+            if self.count == self.at:
+                trainer.save_checkpoint(self.path)
+
+
+class Final(Callback):
+    def on_train_end(self, trainer, pl_module):
+        (self.callback,) = [c for c in trainer.callbacks if isinstance(c, EMACallback)]
+        average = self.callback.average
+        self.live, self.average = clones(average.named_live()), clones(average.named_tensors())
+        self.counters = {k: v for k, v in average.state_dict().items() if isinstance(v, (int, bool))}
+        self.integers = {k: v.clone() for k, v in pl_module.state_dict().items() if not v.is_floating_point()}
+        self.optimizers = [clones(s) for o in trainer.optimizers for s in o.state_dict()["state"].values()]
+
+
+def run(module, callbacks, ckpt_path=None, epochs=EPOCHS, **settings):
+    seed_everything(3, verbose=False)
+    final = Final()
+    this = trainer(*callbacks, final, max_epochs=epochs, **settings)
+    this.fit(module, Resumable(), loader(2), ckpt_path=ckpt_path)
+    return final
+
+
+def assert_same_end(first, second):
+    assert equal(first.live, second.live)
+    assert equal(first.average, second.average)
+    assert equal(first.integers, second.integers)
+    assert first.counters == second.counters
+    assert len(first.optimizers) == len(second.optimizers) > 0
+    assert all(equal(a, b) for a, b in zip(first.optimizers, second.optimizers, strict=True))
+
+
+POINTS = {
+    "epoch end": ("on_train_epoch_end", 2, {}),
+    "mid epoch": ("on_train_batch_end", 9, {}),
+    "validation end": ("on_validation_end", 2, {}),
+    "validation end in mid epoch": ("on_validation_end", 3, {"val_check_interval": 2}),
+    "end of training": ("on_train_end", 1, {}),
+}
+SETTINGS = {
+    "plain": ({}, {}),
+    "bf16-mixed": ({}, {"precision": "bf16-mixed"}),
+    "accumulation": ({}, {"accumulate_grad_batches": 3}),
+    "interval": ({"every_n_steps": 5, "decay": Constant(0.99)}, {}),
+    "delayed": ({"start_step": 7}, {}),
+    "copied buffers": ({"buffers": "copy"}, {}),
+    "equal weights": ({"decay": Equal()}, {}),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("first", [True, False], ids=["saved before ours", "saved after ours"])
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("point", POINTS)
+def test_automatic_optimization(point, setting, first, tmp_path):
+    hook, at, settings = POINTS[point]
+    arguments, more = SETTINGS[setting]
+    ours = lambda: EMACallback(**{"decay": 0.9, **arguments})  # noqa: E731
+    saver = Saves(hook, tmp_path / "x.ckpt", at)
+    epochs = 2 if point == "end of training" else EPOCHS
+    callbacks = [saver, ours()] if first else [ours(), saver]
+    whole = run(seeded(), callbacks, epochs=epochs, **settings, **more)
+    assert saver.count >= at
+    if epochs != EPOCHS:
+        whole = run(seeded(), [ours()], **settings, **more)
+    assert_same_end(whole, run(seeded(), [ours()], ckpt_path=tmp_path / "x.ckpt", **settings, **more))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("point", ["epoch end", "mid epoch", "validation end"])
+def test_manual_optimization_with_two_optimizers(point, tmp_path):
+    hook, at, settings = POINTS[point]
+    whole = run(seeded(Manual), [ema(), Saves(hook, tmp_path / "x.ckpt", at)], **settings)
+    assert_same_end(whole, run(seeded(Manual), [ema()], ckpt_path=tmp_path / "x.ckpt", **settings))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_inside_a_validation(tmp_path):
+    saver = Saves("on_validation_batch_end", tmp_path / "x.ckpt", 3)
+    whole = run(seeded(), [ema(), saver])
+    again = run(seeded(), [ema()], ckpt_path=tmp_path / "x.ckpt")
+    assert_same_end(whole, again)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_after_an_exception(tmp_path):
+    class Fails(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.current_epoch == 1 and batch_idx == 3:
+                raise ZeroDivisionError
+
+    whole = run(seeded(), [ema()])
+    with pytest.raises(ZeroDivisionError):
+        run(
+            seeded(),
+            [ema(), Fails(), OnExceptionCheckpoint(tmp_path)],
+            enable_checkpointing=True,
+            default_root_dir=tmp_path,
+        )
+    file = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)
+    (entry,) = [state for key, state in file["callbacks"].items() if key.startswith("EMACallback")]
+    assert entry["num_steps"] == BATCHES + 3
+    resumed = run(seeded(), [ema()], ckpt_path=tmp_path / "on_exception.ckpt")
+    assert resumed.counters["num_steps"] >= whole.counters["num_steps"] - 1
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("after_fit", ["average", "live"])
+def test_after_fit(after_fit, tmp_path):
+    whole = run(seeded(), [ema()])
+    callback, module = ema(after_fit=after_fit), seeded()
+    seed_everything(3, verbose=False)
+    this = trainer(callback, max_epochs=2)
+    this.fit(module, Resumable(), loader(2))
+    this.save_checkpoint(tmp_path / "x.ckpt")
+    assert_same_end(whole, run(seeded(), [ema()], ckpt_path=tmp_path / "x.ckpt"))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("saved_in_epoch", [0, 1, 2])
+def test_layers_unfrozen_before_or_after_the_point_of_resuming(saved_in_epoch, tmp_path):
+    class Unfreeze(BaseFinetuning):
+        def freeze_before_training(self, pl_module):
+            self.freeze(pl_module.net[0])
+
+        def finetune_function(self, pl_module, epoch, optimizer):
+            if epoch == 1:
+                self.unfreeze_and_add_param_group(pl_module.net[0], optimizer)
+
+        def on_fit_start(self, trainer, pl_module):
+            super().on_fit_start(trainer, pl_module)
+            if any(p is pl_module.net[0].weight for g in trainer.optimizers[0].param_groups for p in g["params"]):
+                pl_module.net[0].requires_grad_(True)  # Lightning restores the groups, but not what was unfrozen
+
+    class TrainsHead(Regression):
+        def configure_optimizers(self):
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 0.05, momentum=0.9)
+
+    def callbacks():
+        return [ema(), Unfreeze()]
+
+    saver = Saves("on_train_epoch_end", tmp_path / "x.ckpt", saved_in_epoch + 1)
+    whole = run(seeded(TrainsHead, norm=False), [*callbacks(), saver])
+    assert "net.0.weight" in whole.average
+    assert_same_end(whole, run(seeded(TrainsHead, norm=False), callbacks(), ckpt_path=tmp_path / "x.ckpt"))
+
+
+class TestTheFile:
+    def written(self, tmp_path, **arguments):
+        callback = ema(**arguments)
+        fit(seeded(), callback).save_checkpoint(tmp_path / "x.ckpt")
+        return torch.load(tmp_path / "x.ckpt", weights_only=True), callback.state_key
+
+    def test_changed_settings_are_said_once_and_hold(self, tmp_path):
+        self.written(tmp_path)
+        callback = ema(decay=0.99, every_n_steps=2, name="ema")
+        with pytest.warns(
+            UserWarning, match=r"decay: Warmup\(decay=0.9.* in the file, Warmup\(decay=0.99.* now; every_n_steps: 1 in"
+        ):
+            trainer(callback, max_epochs=3).fit(seeded(), loader(), loader(1), ckpt_path=tmp_path / "x.ckpt")
+        assert callback.average.num_steps == 3 * BATCHES
+        assert callback.average.num_updates == 2 * BATCHES + BATCHES // 2
+
+    @pytest.mark.filterwarnings("ignore")
+    @pytest.mark.parametrize(("then", "now"), [("average", "copy"), ("copy", "average")])
+    def test_another_policy_for_buffers_holds_from_here_on(self, then, now, tmp_path):
+        self.written(tmp_path, buffers=then)
+        callback = ema(buffers=now)
+        fit(seeded(), callback, max_epochs=3, ckpt_path=tmp_path / "x.ckpt")
+        assert ("net.1.running_mean" in dict(callback.average.named_tensors())) == (now == "average")
+
+    @pytest.mark.filterwarnings("ignore")
+    @pytest.mark.parametrize("damage", ["format", "missing counter", "missing tensor", "misshapen", "unknown tensor"])
+    def test_a_damaged_or_foreign_entry_is_refused_before_anything_is_trained(self, damage, tmp_path):
+        file, key = self.written(tmp_path)
+        entry, live = file["callbacks"][key], file["callbacks"][key]["live"]
+        message = {
+            "format": "format 7; this version",
+            "missing counter": "num_updates missing",
+            "missing tensor": "net.0.weight: not in the state",
+            "misshapen": r"net.0.weight: shape \(1,\) in the checkpoint, \(8, 4\) in the module",
+            "unknown tensor": "other.weight: not in the module",
+        }[damage]
+        if damage == "format":
+            entry["format"] = 7
+        elif damage == "missing counter":
+            del entry["num_updates"]
+        elif damage == "missing tensor":
+            entry["names"].remove("net.0.weight")
+        elif damage == "misshapen":
+            live["net.0.weight"] = torch.zeros(1)
+        else:
+            entry["names"].append("other.weight")
+        torch.save(file, tmp_path / "y.ckpt")
+        callback = ema()
+        with pytest.raises(ValueError, match=message):
+            fit(seeded(), callback, max_epochs=3, ckpt_path=tmp_path / "y.ckpt")
+        assert callback.average is None or callback.average.num_steps == 0
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_files_of_lightnings_own_callback_are_gone_on_from(self, tmp_path):
+        module = seeded()
+        fit(module, EMAWeightAveraging(decay=0.9), Saves("on_train_epoch_end", tmp_path / "theirs.ckpt", 2))
+        file = torch.load(tmp_path / "theirs.ckpt", weights_only=True)
+        callback, seen = ema(), {}
+
+        class First(Callback):
+            def on_train_start(self, trainer, pl_module):
+                seen["live"] = clones(pl_module.state_dict())
+                seen["average"] = clones(callback.average.named_tensors())
+                seen["updates"] = callback.average.num_updates
+
+        fit(seeded(), callback, First(), max_epochs=3, ckpt_path=tmp_path / "theirs.ckpt")
+        assert equal(seen["live"], file["current_model_state"])
+        assert equal(seen["average"], {name: file["state_dict"][name] for name in seen["average"]})
+        assert not equal(seen["average"], {name: seen["live"][name] for name in seen["average"]})
+        assert seen["updates"] == 2 * BATCHES
+        assert callback.average.num_updates == 3 * BATCHES
+
+    def test_saving_needs_no_second_copy(self, count_allocations, tmp_path):
+        module, callback = seeded(), ema()
+        module.big = torch.nn.Linear(400, 400)
+        this = fit(module, callback)
+        with count_allocations() as allocated:
+            checkpoint = this._checkpoint_connector.dump_checkpoint(weights_only=False)
+        assert allocated.peak < 0.1 * 4 * 400 * 400
+        assert callback.state_key in checkpoint["callbacks"]
+
+
+class TestAFileIsTestedAfterFit:
+    @pytest.fixture
+    def files(self, tmp_path):
+        fit(seeded(lr=0.001), ema()).save_checkpoint(tmp_path / "older.ckpt")
+        this = fit(seeded(lr=0.001), ema())
+        this.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+        return tmp_path
+
+    @pytest.mark.filterwarnings("ignore")
+    @pytest.mark.parametrize("entry_point", ["validate", "test", "predict"])
+    @pytest.mark.parametrize("name", ["older.ckpt", "weights.ckpt"])
+    @pytest.mark.parametrize("after_fit", ["average", "live"])
+    def test_it_is_what_is_evaluated_and_no_state_is_harmed(self, files, name, after_fit, entry_point):
+        callback, module = ema(after_fit=after_fit), seeded()
+        this = fit(module, callback)
+        live, average = clones(callback.average.named_live()), clones(callback.average.named_tensors())
+        everything = clones(module.state_dict())
+        for _ in range(2):
+            kwargs = {} if entry_point == "predict" else {"verbose": False}
+            getattr(this, entry_point)(module, loader(1), ckpt_path=files / name, **kwargs)
+            assert equal(module.state_dict(), torch.load(files / name, weights_only=True)["state_dict"])
+            assert equal(callback.average.named_tensors(), average)
+        this.save_checkpoint(files / "after.ckpt")
+        seen = {}
+
+        class First(Callback):
+            def on_train_start(self, trainer, pl_module):
+                seen["live"] = clones(pl_module.state_dict())
+                seen["average"] = clones(callback.average.named_tensors())
+
+        fit(module, callback, First())
+        assert equal({name: seen["live"][name] for name in live}, live)
+        assert equal(seen["average"], average)
+        if after_fit == "live":
+            assert equal(seen["live"], everything)
+        assert callback.average.num_updates == 4 * BATCHES
+        resumed = ema()
+        fit(seeded(), resumed, First(), max_epochs=3, ckpt_path=files / "after.ckpt")
+        assert resumed.average.num_updates == 3 * BATCHES
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_weights_loaded_by_the_user_after_that_count(self, files, caplog):
+        callback, module = ema(), seeded()
+        this = fit(module, callback)
+        this.test(module, loader(1), ckpt_path=files / "older.ckpt", verbose=False)
+        mine = seeded(lr=0.3).state_dict()
+        module.load_state_dict(mine)
+        seen = {}
+
+        class First(Callback):
+            def on_train_start(self, trainer, pl_module):
+                seen.update(clones(pl_module.state_dict()))
+
+        with caplog.at_level("INFO"):
+            fit(module, callback, First())
+        assert equal(seen, mine)
+        assert "changed since the end of fit" in caplog.text
+
+
+def test_one_callback_over_folds_models_and_trainers():
+    callback, expected = ema(), []
+    for fold in range(3):
+        fresh, module = ema(), seeded(lr=0.01 * (fold + 1))
+        fit(module, fresh)
+        expected.append(clones(fresh.average.named_tensors()))
+    for fold in range(3):
+        fit(seeded(lr=0.01 * (fold + 1)), callback)
+        assert equal(callback.average.named_tensors(), expected[fold])
+
+
+def test_two_trainers_in_turn_do_not_mix():
+    first, second = ema(), ema()
+    one, two = seeded(), seeded(lr=0.01)
+    fit(one, first)
+    kept = clones(first.average.named_tensors())
+    fit(two, second)
+    assert equal(first.average.named_tensors(), kept)
+    assert first.average.num_steps == second.average.num_steps == 2 * BATCHES
+
+
+def test_an_unrelated_dataset_helper_is_what_it_says():
+    data = Resumable()
+    assert isinstance(data.dataset, TensorDataset)
+    data.load_state_dict({"position": 4})
+    assert len(list(data)) == 2
+    assert len(list(data)) == BATCHES
