@@ -2,6 +2,8 @@
 
 import warnings
 
+import lightning.pytorch.callbacks
+import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import nn
@@ -10,6 +12,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_ema import EMACallback
 
 BATCHES = 6
+EMAWeightAveraging = getattr(lightning.pytorch.callbacks, "EMAWeightAveraging", None)
+needs_weight_averaging = pytest.mark.skipif(
+    EMAWeightAveraging is None, reason="Lightning has EMAWeightAveraging from 2.6 on"
+)
 
 
 class Regression(LightningModule):

@@ -1,10 +1,25 @@
 """Promise 3, from every point at which Lightning can save: the resumed run ends where the uninterrupted one does."""
 
+import lightning
 import pytest
 import torch
-from helpers import BATCHES, Regression, clones, ema, equal, fit, loader, seed_everything, seeded, trainer
+from helpers import (
+    BATCHES,
+    EMAWeightAveraging,
+    Regression,
+    clones,
+    ema,
+    equal,
+    fit,
+    loader,
+    needs_weight_averaging,
+    seed_everything,
+    seeded,
+    trainer,
+)
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import BaseFinetuning, EMAWeightAveraging, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, OnExceptionCheckpoint
+from packaging.version import Version
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ema import Constant, EMACallback, Equal
@@ -112,6 +127,8 @@ SETTINGS = {
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("point", POINTS)
 def test_automatic_optimization(point, setting, first, tmp_path):
+    if (point, setting) == ("mid epoch", "accumulation") and Version(lightning.__version__) < Version("2.5"):
+        pytest.skip("Lightning 2.4 itself, without any callback, does not resume exactly inside an accumulation")
     hook, at, settings = POINTS[point]
     arguments, more = SETTINGS[setting]
     ours = lambda: EMACallback(**{"decay": 0.9, **arguments})  # noqa: E731
@@ -256,6 +273,7 @@ class TestTheFile:
             fit(seeded(), callback, max_epochs=3, ckpt_path=tmp_path / "y.ckpt")
         assert callback.average is None or callback.average.num_steps == 0
 
+    @needs_weight_averaging
     @pytest.mark.filterwarnings("ignore")
     def test_files_of_lightnings_own_callback_are_gone_on_from(self, tmp_path):
         module = seeded()
