@@ -3,6 +3,7 @@
 from lightning_ema.average import WeightAverage
 from lightning_ema.callback import EMACallback
 from lightning_ema.compositions import CopyFirst, Debiased, Equal, Power, Scaled, Then
+from lightning_ema.export import export_average
 from lightning_ema.loan import Loan
 from lightning_ema.schedules import (
     Annealing,
@@ -39,4 +40,5 @@ __all__ = [
     "Then",
     "Warmup",
     "WeightAverage",
+    "export_average",
 ]

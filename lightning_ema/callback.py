@@ -112,7 +112,7 @@ class EMACallback(Callback):
 
     @property
     def state_key(self) -> str:
-        return f"EMACallback{ {'name': self.name}!r}"  # also for subclasses, whose files stay readable
+        return checkpoints.state_key(self.name)  # not the class's name, so that files of subclasses are files of ours
 
     @property
     def average(self) -> WeightAverage | None:

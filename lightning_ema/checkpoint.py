@@ -17,6 +17,11 @@ from lightning_ema.state import check_state
 STATE_KEY_PREFIX = "EMACallback{"
 
 
+def state_key(name: str) -> str:
+    """Under which key of ``checkpoint["callbacks"]`` a callback of this name keeps its entry."""
+    return f"{STATE_KEY_PREFIX}'name': {name!r}}}"
+
+
 def pack(
     state: dict[str, Any], live: Mapping[str, Tensor], model: Mapping[str, Tensor], in_state_dict: bool
 ) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -150,9 +150,11 @@ class Custody:
         model = Survey(self.average.module).tensors
         if self._aside:
             return pack(self.average.state_dict(), self._aside, model, in_state_dict=False)
-        in_state_dict = self._evaluates and self.average.num_updates > 0
+        in_state_dict = self.gives_average
         live = dict(self.average.named_live()) if in_state_dict else {}
         entry = pack(self.average.state_dict(), live, model, in_state_dict)
+        with suppress(ValueError):  # a schedule that does not know the run yet
+            entry["decay"] = self.average.decay
         if self._statistics is not None:
             entry["recalibrated_at"] = self._statistics.made_at
             entry["live"] |= self._statistics.live() if in_state_dict else {}

@@ -188,6 +188,11 @@ def _floats(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
+def without_wrappers(key: str) -> str:
+    """A key of a ``state_dict`` without the prefixes that wrappers leave in it."""
+    return ".".join(part for part in key.split(".") if part not in _WRAPPER_LEAVES)
+
+
 def _any_match(names: Sequence[str], patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 

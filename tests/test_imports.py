@@ -16,9 +16,9 @@ LAYERS = [
     {"pairing"},
     {"average"},
     {"checkpoint", "trainer_facts", "module_hook", "training_batches"},
-    {"custody"},
+    {"custody", "export"},
     {"callback"},
-    {"__init__"},
+    {"__init__", "__main__"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 ALLOWED_OUTSIDE = {

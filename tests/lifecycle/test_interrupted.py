@@ -55,15 +55,21 @@ def fail():
     raise ZeroDivisionError
 
 
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """Python's own handlers, which a process started in the background lacks, and which Lightning replaces."""
+    kept = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for kind, handler in kept.items():
+        signal.signal(kind, handler)
+
+
 def attempt(module, *callbacks, **kwargs):
     seed_everything(3, verbose=False)
     this = trainer(*callbacks, **kwargs)
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        with pytest.raises((ZeroDivisionError, KeyboardInterrupt, SystemExit)):
-            this.fit(module, loader(), loader(2))
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    with pytest.raises((ZeroDivisionError, KeyboardInterrupt, SystemExit)):
+        this.fit(module, loader(), loader(2))
     return this
 
 
@@ -97,12 +103,8 @@ def test_in_other_entry_points(entry_point, stage, act):
     trainer(callback).fit(module, loader(), loader(1))
     live = clones(module.state_dict())
     this = trainer(callback, RaisesIn(f"on_{word}_{stage}", act))
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        with pytest.raises((ZeroDivisionError, KeyboardInterrupt, SystemExit)):
-            getattr(this, entry_point)(module, loader(1))
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    with pytest.raises((ZeroDivisionError, KeyboardInterrupt, SystemExit)):
+        getattr(this, entry_point)(module, loader(1))
     assert equal(module.state_dict(), live)
     assert not equal(callback.average.named_tensors(), callback.average.named_live())
 
@@ -120,7 +122,6 @@ def test_sigterm(hook, tmp_path):
 
     callback, module = ema(), seeded()
     seed_everything(3, verbose=False)
-    handler = signal.getsignal(signal.SIGTERM)
     this = trainer(
         callback,
         RaisesIn(hook, terminate),
@@ -128,11 +129,8 @@ def test_sigterm(hook, tmp_path):
         enable_checkpointing=True,
         default_root_dir=tmp_path,
     )
-    try:
-        with pytest.raises((SIGTERMException, SystemExit)):
-            this.fit(module, loader(), loader(2))
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+    with pytest.raises((SIGTERMException, SystemExit)):
+        this.fit(module, loader(), loader(2))
     live = clones(callback.average.named_live())
     assert equal({name: module.state_dict()[name] for name in live}, live)
     file = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)

@@ -1,0 +1,43 @@
+"""The command line: ``python -m lightning_ema inspect FILE`` and ``python -m lightning_ema export FILE OUT``."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import sys
+
+from lightning_ema.export import describe, export_average
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command; gives the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m lightning_ema", description="Averages in Lightning checkpoints.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    inspect = commands.add_parser("inspect", help="say what a checkpoint holds")
+    export = commands.add_parser("export", help="write the averaged weights of a checkpoint alone")
+    for command in (inspect, export):
+        command.add_argument("file", help="a checkpoint")
+        command.add_argument("--trust", action="store_true", help="let the file run code while it is read")
+    export.add_argument("out", help="a .safetensors or .pt file")
+    export.add_argument("--name", default="ema", help="of the callback (default: ema)")
+    given = parser.parse_args(arguments)
+    try:
+        if given.command == "inspect":
+            print(describe(given.file, given.trust))
+        else:
+            print(export_average(given.file, given.out, name=given.name, trust=given.trust))
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except pickle.UnpicklingError:
+        print(
+            f"error: {given.file} holds objects of classes that torch does not load from files it should not trust "
+            "(often hyper-parameters). If you trust who wrote it, add --trust.",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

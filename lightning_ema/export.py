@@ -1,0 +1,125 @@
+"""Taking the average out of a checkpoint, and saying what a checkpoint holds."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ema.advice import horizon
+from lightning_ema.checkpoint import STATE_KEY_PREFIX, find, state_key
+from lightning_ema.kernels import relative_distance
+from lightning_ema.selection import without_wrappers
+
+Checkpoint = str | Path | Mapping[str, Any]
+
+
+def export_average(checkpoint: Checkpoint, path: str | Path, *, name: str = "ema", trust: bool = False) -> Path:
+    """Writes the averaged weights of a checkpoint alone, under the model's usual keys.
+
+    Args:
+        checkpoint: a file written by a Trainer with an ``EMACallback``, or its content.
+        path: where to; ``.safetensors`` or ``.pt``. Without a suffix, safetensors where it is installed, else ``.pt``.
+        name: of the callback whose average is meant.
+        trust: allow the file to run code while it is read, as files with custom classes in their hyper-parameters
+            need. Only for files from people you trust.
+
+    Returns:
+        The path written to.
+
+    Raises:
+        ValueError: the checkpoint holds no such average yet, or the suffix is neither of the two.
+        ModuleNotFoundError: ``.safetensors`` is asked for and not installed.
+    """
+    content = read(checkpoint, trust)
+    entry = find(content, state_key(name))
+    if entry is None:
+        raise ValueError(
+            "the checkpoint holds no average: it was written without an EMACallback, or it is a weights-only file, "
+            "whose state_dict is the averaged model already."
+        )
+    if entry["num_updates"] == 0:
+        raise ValueError(f"the average {name!r} has not been updated yet (step {entry['num_steps']}).")
+    weights = averaged_state_dict(content, entry)
+    target = _with_suffix(Path(path))
+    if target.suffix == ".safetensors":
+        from safetensors.torch import save_file
+
+        metadata = {"average": name, "steps": str(entry["num_steps"]), "decay": str(entry["config"]["decay"])}
+        save_file({key: value.contiguous().clone() for key, value in weights.items()}, target, metadata)
+    else:
+        torch.save({key: value.clone() for key, value in weights.items()}, target)
+    return target
+
+
+def averaged_state_dict(checkpoint: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Tensor]:
+    """``state_dict`` with the averages of an entry in place, in the dtype of the model."""
+    stored: Mapping[str, Tensor] = entry["average"]
+    weights = {}
+    for key, value in checkpoint["state_dict"].items():
+        name = without_wrappers(key)
+        weights[key] = stored[name].to(value.dtype) if name in stored else value
+    return weights
+
+
+def describe(checkpoint: Checkpoint, trust: bool = False) -> str:
+    """What a checkpoint holds, for a person to read: averages, counters, decay, horizon, sizes, distance."""
+    content = read(checkpoint, trust)
+    weights = {key: value for key, value in content.get("state_dict", {}).items() if isinstance(value, Tensor)}
+    lines = [
+        f"epoch {content.get('epoch', '?')}, global step {content.get('global_step', '?')}, "
+        f"state_dict: {len(weights)} tensors, {_megabytes(weights)}"
+    ]
+    entries = {key: e for key, e in content.get("callbacks", {}).items() if key.startswith(STATE_KEY_PREFIX)}
+    if not entries:
+        lines.append("no average of lightning_ema (a weights-only file holds the averaged model in state_dict)")
+    for key, entry in entries.items():
+        lines += ["", key, *(f"  {line}" for line in _entry_lines(content, entry))]
+    return "\n".join(lines)
+
+
+def read(checkpoint: Checkpoint, trust: bool) -> Mapping[str, Any]:
+    """The content of a file, on the CPU; a content as it is."""
+    if isinstance(checkpoint, Mapping):
+        return checkpoint
+    content: Mapping[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=not trust)
+    return content
+
+
+def _entry_lines(content: Mapping[str, Any], entry: Mapping[str, Any]) -> list[str]:
+    live, stored = entry["live"], entry["average"]
+    where = "in state_dict" if live else "in the entry" if entry["started"] else "not started, the live weights are it"
+    lines = [
+        f"steps {entry['num_steps']}, updates {entry['num_updates']}, skipped {entry['num_skipped']}, "
+        f"start at step {entry['start_step']}",
+        f"average: {len(entry['names'])} tensors, {where}; in the entry {len(stored)}, {_megabytes(stored)}",
+        f"live weights: {len(live)} tensors, {_megabytes(live)}",
+        *(f"{name}: {value}" for name, value in entry["config"].items()),
+    ]
+    if "decay" in entry:
+        lines.append(f"decay in force: {entry['decay']:.6g}, a horizon of {horizon(entry['decay']):,.0f} steps")
+    averages = {without_wrappers(k): v for k, v in averaged_state_dict(content, entry).items()} | dict(stored)
+    names = [name for name in entry["names"] if name in live and name in averages]
+    if names:
+        distance = relative_distance([averages[n].float() for n in names], [live[n].float() for n in names])
+        lines.append(f"distance between live weights and average: {distance:.4g} of the live weights' norm")
+    return lines
+
+
+def _megabytes(tensors: Mapping[str, Tensor]) -> str:
+    return f"{sum(tensor.nbytes for tensor in tensors.values()) / 1e6:.2f} MB"
+
+
+def _with_suffix(path: Path) -> Path:
+    installed = importlib.util.find_spec("safetensors") is not None
+    if path.suffix == "":
+        return path.with_suffix(".safetensors" if installed else ".pt")
+    if path.suffix not in (".safetensors", ".pt"):
+        raise ValueError(f"{path.name}: the suffix must be .safetensors or .pt.")
+    if path.suffix == ".safetensors" and not installed:
+        raise ModuleNotFoundError("safetensors is not installed: pip install safetensors, or write to a .pt file.")
+    return path
