@@ -137,7 +137,7 @@ class AnyOrder(RuleBasedStateMachine):
             entry = file["callbacks"][self.callback.state_key]
             assert entry["num_steps"] == self.steps
             assert all(torch.equal(entry["live"][name], self.live[name]) for name in entry["live"])
-            self.saved = (path, self.live, self.average, self.steps, self.last_trainer.current_epoch)
+            self.saved = (path, self.live, clones(self.average), self.steps, self.last_trainer.current_epoch)
 
     @precondition(lambda self: self.saved is not None)
     @rule()
@@ -188,8 +188,8 @@ def close(first, second):
 
 
 AnyOrder.TestCase.settings = settings(
-    max_examples=25,
-    stateful_step_count=10,
+    max_examples=30,
+    stateful_step_count=15,
     deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),
