@@ -1,8 +1,10 @@
-"""What a run's length says about a decay: pure functions from numbers to sentences."""
+"""What there is to say about a decay and a run: pure functions from numbers to sentences."""
 
 from __future__ import annotations
 
-from lightning_ema.schedules import Schedule
+from collections.abc import Sequence
+
+from lightning_ema.schedules import Schedule, Warmup
 
 
 def horizon(decay: float) -> float:
@@ -29,4 +31,27 @@ def still_rising(schedule: Schedule, total_steps: int) -> str | None:
     return (
         f"{schedule!r} reaches a decay of {last:.4g} at the last of {total_steps:,} steps, a horizon of "
         f"{horizon(last):,.0f} steps: in this run every decay of {last:.4g} and above gives the same average."
+    )
+
+
+def introduction(schedule: Schedule, sizes: Sequence[int]) -> str:
+    """What the first fit says: how much is averaged, and how."""
+    warm = " (a plain number is warmed up; Constant(decay) is not)" if isinstance(schedule, Warmup) else ""
+    return f"averaging {len(sizes)} tensors of {sum(sizes):,} elements with {schedule!r}{warm}."
+
+
+def no_step_seen(global_step: int) -> str:
+    """A warning where the trainer counted steps and the average none."""
+    return (
+        f"the trainer took {global_step} steps, but no optimizer that trains averaged parameters was seen to step, so "
+        "there is no average. Optimizers must derive from torch.optim.Optimizer (or step one that does) and step "
+        "within training batches."
+    )
+
+
+def steps_missed(steps: int) -> str:
+    """A remark where optimizers stepped outside training batches."""
+    return (
+        f"{steps} steps were taken outside training batches, as tuners do, and not counted. Steps of your own belong "
+        "into training_step."
     )

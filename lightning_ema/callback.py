@@ -12,12 +12,12 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_ema import checkpoint as checkpoints
 from lightning_ema import trainer_facts, training_batches
-from lightning_ema.advice import still_rising, too_long
+from lightning_ema.advice import introduction, no_step_seen, steps_missed, still_rising, too_long
 from lightning_ema.average import WeightAverage
 from lightning_ema.checks import check_choice, check_count
 from lightning_ema.custody import Batches, Custody
 from lightning_ema.module_hook import Hook, ModuleHook
-from lightning_ema.schedules import Plan, Schedule, Warmup
+from lightning_ema.schedules import Plan, Schedule
 from lightning_ema.settings import Buffers, DecayPer, OnNonfinite, Settings
 from lightning_ema.steps import StepCounter
 
@@ -153,12 +153,8 @@ class EMACallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._custody is None:
             self._take_up(pl_module, self._new_custody(pl_module))
-            tensors, schedule = [tensor for _, tensor in self._require().named_tensors()], self.settings.decay
-            warm = " (a plain number is warmed up; Constant(decay) is not)" if isinstance(schedule, Warmup) else ""
-            rank_zero_info(
-                f"EMACallback {self.name!r}: averaging {len(tensors)} tensors of {sum(t.numel() for t in tensors):,} "
-                f"elements with {schedule!r}{warm}."
-            )
+            sizes = [tensor.numel() for _, tensor in self._require().named_tensors()]
+            rank_zero_info(f"EMACallback {self.name!r}: {introduction(self.settings.decay, sizes)}")
         self._steps.hold(self._require().owns)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -201,16 +197,9 @@ class EMACallback(Callback):
         missed = self._steps.missed
         self._steps.release()
         if trainer.global_step > 0 and self._require().num_steps == 0:
-            rank_zero_warn(
-                f"EMACallback {self.name!r}: the trainer took {trainer.global_step} steps, but no optimizer that "
-                "trains averaged parameters was seen to step, so there is no average. Optimizers must derive from "
-                "torch.optim.Optimizer (or step one that does) and step within training batches."
-            )
+            rank_zero_warn(f"EMACallback {self.name!r}: {no_step_seen(trainer.global_step)}")
         elif missed:
-            rank_zero_info(
-                f"EMACallback {self.name!r}: {missed} steps were taken outside training batches, as "
-                "tuners do, and not counted. Steps of your own belong into training_step."
-            )
+            rank_zero_info(f"EMACallback {self.name!r}: {steps_missed(missed)}")
         if self._custody is not None:
             self._custody.leave(deliver=self.after_fit == "average")
 
@@ -273,29 +262,23 @@ class EMACallback(Callback):
         if not trainer_facts.is_fitting(trainer):
             return
         self._forget()
-        entry = checkpoints.find(checkpoint, self.state_key)
+        entry, foreign = checkpoints.find(checkpoint, self.state_key), checkpoints.foreign(checkpoint)
+        if entry is None and foreign is None:
+            rank_zero_info(f"EMACallback {self.name!r}: the checkpoint holds no average; it starts from its weights.")
+            if not self._steps.held:
+                return  # it is built where every other average is, in on_fit_start
+        custody = self._new_custody(pl_module)
         if entry is not None:
+            custody.resume(entry)
             if changed := checkpoints.changes(entry, self.settings.describe()):
                 rank_zero_warn(
                     f"EMACallback {self.name!r}: the checkpoint was written with other settings; those given now "
                     f"hold: {'; '.join(changed)}."
                 )
-            custody = self._new_custody(pl_module)
-            custody.resume(entry)
-            self._take_up(pl_module, custody)
-        elif (foreign := checkpoints.foreign(checkpoint)) is not None:
+        elif foreign is not None:
+            custody.adopt(*foreign)
             rank_zero_info(f"EMACallback {self.name!r}: goes on from the average of Lightning's WeightAveraging.")
-            steps, updates, live = foreign
-            custody = self._new_custody(pl_module)
-            custody.average.load_state_dict(
-                {**custody.average.state_dict(), "num_steps": steps, "num_updates": updates, "last_update_step": steps}
-            )
-            pl_module.load_state_dict(live, strict=False)
-            self._take_up(pl_module, custody)
-        else:
-            rank_zero_info(f"EMACallback {self.name!r}: the checkpoint holds no average; it starts from its weights.")
-            if self._steps.held:
-                self._take_up(pl_module, self._new_custody(pl_module))
+        self._take_up(pl_module, custody)
 
     def _around_modules_save(self, pl_module: LightningModule, checkpoint: dict[str, Any], own: Hook) -> None:
         """The module's own hook runs on the average too; what it leaves out of ``state_dict`` goes into our entry."""

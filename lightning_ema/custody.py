@@ -168,6 +168,12 @@ class Custody:
             self._statistics.keep(entry["recalibrated_at"])
         write(live, self.average.module)
 
+    def adopt(self, steps: int, updates: int, live: dict[str, Any]) -> None:
+        """Takes up an average of Lightning's ``WeightAveraging`` in the same way."""
+        counters = {"num_steps": steps, "num_updates": updates, "last_update_step": steps}
+        self.average.load_state_dict({**self.average.state_dict(), **counters})
+        self.average.module.load_state_dict(live, strict=False)
+
 
 def write(values: Mapping[str, Tensor], module: nn.Module) -> None:
     """Writes tensors into a module's own, by name."""
