@@ -158,10 +158,12 @@ class EMACallback(Callback):
         self._steps.hold(self._require().owns)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        average = self._require()
+        custody, average = self._held(), self._require()
         if self.recalibrate_batches:
             training_batches.check(pl_module, trainer)
-        plan = trainer_facts.plan(trainer).after(trainer_facts.steps_done(trainer) - average.num_steps)
+        if trainer_facts.begins(trainer):
+            custody.steps_before = average.num_steps
+        plan = trainer_facts.plan(trainer).after(-custody.steps_before)
         epochs_before = int(self.start_epoch * (plan.steps_per_epoch or 0))
         start = average.start_step if average.started else max(self.settings.start_step, epochs_before)
         self._plan = plan.after(start)
@@ -401,9 +403,12 @@ class EMACallback(Callback):
             on_epoch=False,
         )
 
-    def _require(self) -> WeightAverage:
-        if self.average is None:
+    def _held(self) -> Custody:
+        if self._custody is None:
             raise RuntimeError(
                 f"EMACallback {self.name!r} has no average yet: it is built in on_fit_start, which did not run."
             )
-        return self.average
+        return self._custody
+
+    def _require(self) -> WeightAverage:
+        return self._held().average

@@ -29,10 +29,14 @@ class Custody:
         average: the average.
         evaluates: whether evaluations and ``state_dict`` are given the average; otherwise it is only followed.
         recalibrates: whether BatchNorm statistics are re-estimated for it.
+
+    Attributes:
+        steps_before: steps that the average had seen when the present trainer began; the run's length comes on top.
     """
 
     def __init__(self, average: WeightAverage, evaluates: bool, recalibrates: bool) -> None:
         self.average = average
+        self.steps_before = 0
         self._evaluates = evaluates
         self._statistics = Recalibration(average.module) if recalibrates else None
         self._aside: dict[str, Tensor] = {}
@@ -147,23 +151,23 @@ class Custody:
 
     def entry(self) -> dict[str, Any]:
         """The callback's entry in a checkpoint whose ``state_dict`` was taken while the module carried the average."""
-        model = Survey(self.average.module).tensors
-        if self._aside:
-            return pack(self.average.state_dict(), self._aside, model, in_state_dict=False)
         in_state_dict = self.gives_average
-        live = dict(self.average.named_live()) if in_state_dict else {}
-        entry = pack(self.average.state_dict(), live, model, in_state_dict)
+        live = dict(self.average.named_live()) if in_state_dict else self._aside
+        if in_state_dict and self._statistics is not None:
+            live = {**live, **self._statistics.live()}
+        entry = pack(self.average.state_dict(), live, Survey(self.average.module).tensors, in_state_dict)
+        entry["steps_before"] = self.steps_before
         with suppress(ValueError):  # a schedule that does not know the run yet
             entry["decay"] = self.average.decay
         if self._statistics is not None:
             entry["recalibrated_at"] = self._statistics.made_at
-            entry["live"] |= self._statistics.live() if in_state_dict else {}
         return entry
 
     def resume(self, entry: dict[str, Any]) -> None:
         """Takes up an entry, after the file's ``state_dict`` was loaded into the module."""
         state, live = unpack(entry, Survey(self.average.module).tensors)
         self.average.load_state_dict(state)
+        self.steps_before = entry.get("steps_before", 0)
         if self._statistics is not None and "recalibrated_at" in entry:
             self._statistics.keep(entry["recalibrated_at"])
         write(live, self.average.module)

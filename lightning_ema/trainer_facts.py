@@ -98,9 +98,9 @@ def plan(trainer: Trainer) -> Plan:
     return Plan(min(ends) if ends else None, per_epoch, samples)
 
 
-def steps_done(trainer: Trainer) -> int:
-    """The steps of this trainer so far, in batches that stepped, those of a resumed run included."""
-    return trainer.fit_loop.epoch_loop._batches_that_stepped
+def begins(trainer: Trainer) -> bool:
+    """Whether this trainer's first step is still to come: it neither resumes from a file nor goes on with a fit."""
+    return trainer.ckpt_path is None and trainer.global_step == 0 and trainer.fit_loop.epoch_loop.total_batch_idx <= 0
 
 
 def spawns(trainer: Trainer) -> bool:

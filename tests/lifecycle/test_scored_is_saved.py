@@ -1,5 +1,7 @@
 """Promises 2 and 5: evaluations run on the average, files hold it, and before the first update both are live."""
 
+from datetime import timedelta
+
 import pytest
 import torch
 from helpers import BATCHES, Regression, clones, ema, equal, fit, loader, seeded, trainer
@@ -113,6 +115,49 @@ def test_evaluating_a_file_gives_its_logged_score(fresh, callbacks, weights_only
     if fresh:
         this, module = trainer(*([ema()] if callbacks else [])), seeded()
     (score,) = this.validate(module, loader(2), ckpt_path=path, verbose=False)
+    assert score["val_loss"] == saving.best_model_score.item()
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+@pytest.mark.parametrize(
+    "when",
+    [
+        {"train_time_interval": timedelta(0)},
+        {"save_last": True, "monitor": "val_loss"},
+        {"save_last": "link"},
+        {"every_n_train_steps": 5, "save_top_k": -1},
+        {"save_on_train_epoch_end": True},
+        {"every_n_epochs": 2},
+    ],
+    ids=lambda when: next(iter(when)),
+)
+def test_every_file_holds_the_average_of_its_moment(when, weights_only, tmp_path):
+    moments = {}
+
+    class Remembers(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            moments[trainer.global_step] = clones(callback.average.named_tensors())
+
+    callback = ema()
+    saving = ModelCheckpoint(tmp_path, filename="{step}", save_weights_only=weights_only, **when)
+    fit(seeded(), callback, Remembers(), saving, enable_checkpointing=True)
+    files = list(tmp_path.glob("*.ckpt"))
+    assert files
+    for path in files:
+        file = torch.load(path, weights_only=True)
+        expected = moments[file["global_step"]]
+        assert equal({name: file["state_dict"][name] for name in expected}, expected), path
+
+
+@pytest.mark.parametrize("entry_point", ["validate", "test"])
+def test_the_trainers_own_best_file(entry_point, tmp_path):
+    class Both(Regression):
+        def test_step(self, batch, batch_idx):
+            self.log("val_loss", self.loss(batch))
+
+    saving, module = ModelCheckpoint(tmp_path, monitor="val_loss"), seeded(Both)
+    this = fit(module, ema(), saving, enable_checkpointing=True)
+    (score,) = getattr(this, entry_point)(ckpt_path="best", dataloaders=loader(2), verbose=False)
     assert score["val_loss"] == saving.best_model_score.item()
 
 
