@@ -37,9 +37,9 @@ class EMACallback(Callback):
         trainer = Trainer(callbacks=[EMACallback(decay=0.999)])
 
     Args:
-        decay, every_n_steps, start_step, decay_per, include, exclude, include_frozen, buffers, dtype, device,
-            on_nonfinite: as in :class:`~lightning_ema.WeightAverage`. A number ``d`` means ``Warmup(d)``; the bare
-            constant is ``Constant(d)``. A step is one step of an optimizer that trains averaged parameters.
+        decay, every_n_steps, start_step, decay_per, include, exclude, include_frozen, dtype, device, on_nonfinite:
+            as in :class:`~lightning_ema.WeightAverage`. A number ``d`` means ``Warmup(d)``; the bare constant is
+            ``Constant(d)``. A step is one step of an optimizer that trains averaged parameters.
         buffers: besides ``"average"`` and ``"copy"``, ``"recalibrate"``: BatchNorm statistics are estimated anew from
             training batches before an evaluation or a save of the average, as ``torch.optim.swa_utils.update_bn``
             does; the live ones stay as they are. The module needs a ``forward`` that takes ``batch[0]`` or ``batch``.
@@ -385,9 +385,10 @@ class EMACallback(Callback):
             self._forget()
 
     def _forget(self) -> None:
-        if self.average is not None and isinstance(self.average.module, LightningModule):
-            ModuleHook.take_down(self.average.module, "on_save_checkpoint", self._around_modules_save)
-            ModuleHook.take_down(self.average.module, "on_load_checkpoint", self._around_modules_load)
+        if self._custody is not None:
+            module = self._custody.average.module
+            ModuleHook.take_down(module, "on_save_checkpoint", self._around_modules_save)
+            ModuleHook.take_down(module, "on_load_checkpoint", self._around_modules_load)
         self._custody = None
         self._skips_said = False
 

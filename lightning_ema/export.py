@@ -72,13 +72,16 @@ def describe(checkpoint: Checkpoint, trust: bool = False) -> str:
     weights = {key: value for key, value in content.get("state_dict", {}).items() if isinstance(value, Tensor)}
     lines = [
         f"epoch {content.get('epoch', '?')}, global step {content.get('global_step', '?')}, "
-        f"state_dict: {len(weights)} tensors, {_megabytes(weights)}"
+        f"state_dict: {len(weights)} tensors, {_size(weights)}"
     ]
     entries = {key: e for key, e in content.get("callbacks", {}).items() if key.startswith(STATE_KEY_PREFIX)}
     if not entries:
         lines.append("no average of lightning_ema (a weights-only file holds the averaged model in state_dict)")
+    lives = {name: tensor for entry in entries.values() for name, tensor in entry["live"].items()}
+    if not lives:  # then state_dict is live
+        lives = {without_wrappers(key): tensor for key, tensor in weights.items()}
     for key, entry in entries.items():
-        lines += ["", key, *(f"  {line}" for line in _entry_lines(content, entry))]
+        lines += ["", key, *(f"  {line}" for line in _entry_lines(content, entry, lives))]
     return "\n".join(lines)
 
 
@@ -90,28 +93,32 @@ def read(checkpoint: Checkpoint, trust: bool) -> Mapping[str, Any]:
     return content
 
 
-def _entry_lines(content: Mapping[str, Any], entry: Mapping[str, Any]) -> list[str]:
-    live, stored = entry["live"], entry["average"]
-    where = "in state_dict" if live else "in the entry" if entry["started"] else "not started, the live weights are it"
+def _entry_lines(content: Mapping[str, Any], entry: Mapping[str, Any], lives: Mapping[str, Tensor]) -> list[str]:
+    live, stored, names = entry["live"], entry["average"], entry["names"]
     lines = [
         f"steps {entry['num_steps']}, updates {entry['num_updates']}, skipped {entry['num_skipped']}, "
         f"start at step {entry['start_step']}",
-        f"average: {len(entry['names'])} tensors, {where}; in the entry {len(stored)}, {_megabytes(stored)}",
-        f"live weights: {len(live)} tensors, {_megabytes(live)}",
+        f"average: {len(names)} tensors, {len(stored)} of them stored here ({_size(stored)}), the others in state_dict"
+        if entry["started"]
+        else "average: not started, the live weights are it",
+        f"live weights: {len(live)} tensors stored here ({_size(live)})",
         *(f"{name}: {value}" for name, value in entry["config"].items()),
     ]
+    if entry.get("recalibrated_at", -1) >= 0:
+        lines.append(f"BatchNorm statistics estimated after update {entry['recalibrated_at']}")
     if "decay" in entry:
         lines.append(f"decay in force: {entry['decay']:.6g}, a horizon of {horizon(entry['decay']):,.0f} steps")
     averages = {without_wrappers(k): v for k, v in averaged_state_dict(content, entry).items()} | dict(stored)
-    names = [name for name in entry["names"] if name in live and name in averages]
-    if names:
-        distance = relative_distance([averages[n].float() for n in names], [live[n].float() for n in names])
+    known = [name for name in names if name in lives and name in averages]
+    if known and entry["started"]:
+        distance = relative_distance([averages[n].float() for n in known], [lives[n].float() for n in known])
         lines.append(f"distance between live weights and average: {distance:.4g} of the live weights' norm")
     return lines
 
 
-def _megabytes(tensors: Mapping[str, Tensor]) -> str:
-    return f"{sum(tensor.nbytes for tensor in tensors.values()) / 1e6:.2f} MB"
+def _size(tensors: Mapping[str, Tensor]) -> str:
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    return f"{nbytes / 1e6:,.1f} MB" if nbytes >= 1e6 else f"{nbytes / 1e3:.1f} kB"
 
 
 def _with_suffix(path: Path) -> Path:

@@ -8,6 +8,7 @@ from types import MethodType
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from torch import nn
 
 Hook = Callable[[dict[str, Any]], None]
 Around = Callable[[LightningModule, dict[str, Any], Hook], None]
@@ -46,7 +47,7 @@ class ModuleHook:
             setattr(module, name, cls(module, name, around))
 
     @classmethod
-    def take_down(cls, module: LightningModule, name: str, around: Around) -> None:
+    def take_down(cls, module: nn.Module, name: str, around: Around) -> None:
         """Takes the hook off again; what hung there before comes back."""
         hook = vars(module).get(name)
         if not isinstance(hook, cls) or hook._around() != around:

@@ -574,9 +574,12 @@ def test_pytorch_lightning_under_its_other_name(tmp_path):
     assert "ema/decay" in this.logged_metrics
     file = torch.load(saving.dirpath + "/epoch=3.ckpt", weights_only=True)
     assert equal({n: file["state_dict"][n] for n, _ in whole.average.named_tensors()}, whole.average.named_tensors())
-    run(again, Model(), ckpt_path=saving.dirpath + "/epoch=1.ckpt")
+    resumed = Model()
+    run(again, resumed, ckpt_path=saving.dirpath + "/epoch=1.ckpt")
     assert equal(again.average.named_tensors(), whole.average.named_tensors())
     assert equal(again.average.named_live(), whole.average.named_live())
+    run(again, Model())
+    assert "on_save_checkpoint" not in vars(resumed)
 
 
 def test_what_is_private_in_lightning_is_still_there(tmp_path):

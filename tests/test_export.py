@@ -69,26 +69,31 @@ def test_an_average_without_updates(tmp_path):
     fit(seeded(), ema(start_step=99)).save_checkpoint(tmp_path / "x.ckpt")
     with pytest.raises(ValueError, match=r"'ema' has not been updated yet \(step 12\)"):
         export_average(tmp_path / "x.ckpt", tmp_path / "out.pt")
-    assert "not started, the live weights are it" in export.describe(tmp_path / "x.ckpt")
+    assert "average: not started, the live weights are it" in export.describe(tmp_path / "x.ckpt")
 
 
 def test_inspecting_says_what_there_is(run, capsys):
-    folder, state, _ = run
+    folder, state, slow = run
     assert main(["inspect", str(folder / "full.ckpt")]) == 0
     text = capsys.readouterr().out
     content = torch.load(folder / "full.ckpt", weights_only=True)
     live = content["callbacks"]["EMACallback{'name': 'ema'}"]["live"]
     difference = torch.cat([(live[n] - state[n]).flatten() for n in live]).norm()
-    distance = difference / torch.cat([live[n].flatten() for n in live]).norm()
+    norm = torch.cat([live[n].flatten() for n in live]).norm()
+    distance = difference / norm
+    slows = torch.cat([(live[n] - slow[n]).flatten() for n in live]).norm() / norm
     for line in (
         "epoch 2, global step 12, state_dict: 9 tensors",
         "EMACallback{'name': 'ema'}",
         "EMACallback{'name': 'slow'}",
         "steps 12, updates 12, skipped 0, start at step 0",
-        "average: 8 tensors, in state_dict; in the entry 0, 0.00 MB",
+        "average: 8 tensors, 0 of them stored here (0.0 kB), the others in state_dict",
+        "live weights: 8 tensors stored here (0.3 kB)",  # 81 float32
+        "average: 8 tensors, 8 of them stored here (0.3 kB)",
         "decay: Warmup(decay=0.9, offset=10.0)",
         "decay in force: 0.590909, a horizon of 2 steps",  # (1 + 12) / (10 + 12)
         f"distance between live weights and average: {distance:.4g} of",
+        f"distance between live weights and average: {slows:.4g} of",
     ):
         assert line in text, line
     assert main(["inspect", str(folder / "weights.ckpt")]) == 0
