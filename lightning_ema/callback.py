@@ -136,7 +136,6 @@ class EMACallback(Callback):
                 f"the EMACallbacks {', '.join(map(repr, lenders))} all have evaluate='average', but the module can "
                 "carry only one average in an evaluation. Write evaluate='live' in all but one of them."
             )
-
         if stage == "fit":
             # before anything is built on the weights: optimizers may copy them
             if self.average is not None and self.average.module is not pl_module:
@@ -287,7 +286,8 @@ class EMACallback(Callback):
         trainer, custody = trainer_facts.trainer_of(pl_module), self._custody
         ours = trainer is not None and self in trainer_facts.callbacks(trainer)
         self._absorb()
-        if trainer is None or not ours or custody is None or not custody.gives_average:
+        mine = ours and custody is not None and custody.average.module is pl_module
+        if trainer is None or custody is None or not mine or not custody.gives_average:
             own(checkpoint)
             return
         if "callbacks" not in checkpoint:  # a weights-only save: no hook of a callback is called for it
@@ -304,8 +304,9 @@ class EMACallback(Callback):
         """A file is about to be loaded for an evaluation: what the last fit left is put aside."""
         trainer = trainer_facts.trainer_of(pl_module)
         self._drop_if_edited()
-        if trainer is not None and not trainer_facts.is_fitting(trainer) and self._custody is not None:
-            self._custody.put_aside()
+        evaluates = trainer is not None and not trainer_facts.is_fitting(trainer)
+        if evaluates and self.average is not None and self.average.module is pl_module:
+            self._held().put_aside()
         own(checkpoint)
 
     def _put_average(self, trainer: Trainer, custody: Custody, checkpoint: dict[str, Any]) -> None:
