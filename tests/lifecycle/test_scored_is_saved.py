@@ -122,7 +122,7 @@ def test_evaluating_a_file_gives_its_logged_score(fresh, callbacks, weights_only
 @pytest.mark.parametrize(
     "when",
     [
-        {"train_time_interval": timedelta(0)},
+        {"train_time_interval": timedelta(microseconds=1)},
         {"save_last": True, "monitor": "val_loss"},
         {"save_last": "link"},
         {"every_n_train_steps": 5, "save_top_k": -1},
