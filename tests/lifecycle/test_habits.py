@@ -84,12 +84,13 @@ def test_modules_that_shape_their_own_files(kind, after_fit, tmp_path):
     assert equal(third.average.named_tensors(), average)
 
 
-def test_a_callback_after_ours_may_shape_the_file_too(tmp_path):
+@pytest.mark.parametrize("after_fit", ["average", "live"])
+def test_a_callback_after_ours_may_shape_the_file_too(after_fit, tmp_path):
     class Drops(Callback):
         def on_save_checkpoint(self, trainer, pl_module, checkpoint):
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if "0" in k}
 
-    fit(seeded(), ema(), Drops()).save_checkpoint(tmp_path / "x.ckpt")
+    fit(seeded(), ema(after_fit=after_fit), Drops()).save_checkpoint(tmp_path / "x.ckpt")
     file = torch.load(tmp_path / "x.ckpt", weights_only=True)
     assert set(file["state_dict"]) == {"net.0.weight", "net.0.bias"}
     (entry,) = [entry for key, entry in file["callbacks"].items() if "EMA" in key]
@@ -167,6 +168,16 @@ def test_an_optimizer_that_copies_weights_at_its_construction_sees_live_ones(tmp
     assert equal({name: module.seen[name] for name in live}, live)
 
 
+def test_a_trainer_without_the_callback_saves_the_module_as_it_is(tmp_path):
+    module = seeded()
+    fit(module, ema(after_fit="live"))
+    other = trainer()
+    other.validate(module, loader(1), verbose=False)
+    for weights_only in (True, False):
+        other.save_checkpoint(tmp_path / "x.ckpt", weights_only)
+        assert equal(torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"], module.state_dict())
+
+
 def test_a_follower_that_comes_later_starts_from_the_live_weights():
     callback, module = ema(), seeded()
     fit(module, callback)
@@ -212,11 +223,14 @@ def test_a_start_set_by_an_epoch_survives_a_resume_before_it(tmp_path):
     assert equal(again.average.named_tensors(), whole.average.named_tensors())
 
 
-def test_a_second_trainer_extends_the_run():
+def test_a_second_trainer_extends_the_run(tmp_path):
     callback, module = EMACallback(Cosine(0.5, 1.0)), seeded()
     fit(module, callback)
-    fit(module, callback)
+    fit(module, callback).save_checkpoint(tmp_path / "x.ckpt")
     assert callback.average.schedule.total_steps == 4 * BATCHES
+    resumed = EMACallback(Cosine(0.5, 1.0))
+    fit(seeded(), resumed, max_epochs=3, ckpt_path=tmp_path / "x.ckpt")
+    assert resumed.average.schedule.total_steps == 5 * BATCHES == resumed.average.num_steps
 
 
 def test_max_steps_of_two_optimizers_that_step_in_turn():
