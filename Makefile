@@ -43,4 +43,4 @@ bench: setup  ## print the cost of an update and of the callback, as ratios
 	@$(BIN)/python benchmarks/update.py
 
 clean:  ## remove the virtual environments and what runs have written
-	rm -rf $(VENV) $(OLDEST) runs dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) runs dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
