@@ -53,6 +53,23 @@ class Regression(LightningModule):
         return torch.optim.AdamW(self.parameters(), self.hparams.lr)
 
 
+class TwoOptimizers(Regression):
+    """Manual optimization with two optimizers, which step in turn in every batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.Adam(self.net[0].parameters(), 0.01), torch.optim.SGD(self.net[4].parameters(), 0.01)]
+
+
 def loader(batches=BATCHES, batch_size=8):
     generator = torch.Generator().manual_seed(7)
     x = torch.randn(batches * batch_size, 4, generator=generator)

@@ -5,7 +5,19 @@ import pickle
 
 import pytest
 import torch
-from helpers import BATCHES, Regression, clones, ema, equal, fit, loader, seed_everything, seeded, trainer
+from helpers import (
+    BATCHES,
+    Regression,
+    TwoOptimizers,
+    clones,
+    ema,
+    equal,
+    fit,
+    loader,
+    seed_everything,
+    seeded,
+    trainer,
+)
 from lightning.pytorch import Callback
 from torch import nn
 
@@ -234,22 +246,8 @@ def test_a_second_trainer_extends_the_run(tmp_path):
 
 
 def test_max_steps_of_two_optimizers_that_step_in_turn():
-    class Two(Regression):
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
-
-        def training_step(self, batch, batch_idx):
-            for optimizer in self.optimizers():
-                optimizer.zero_grad()
-                self.manual_backward(self.loss(batch))
-                optimizer.step()
-
-        def configure_optimizers(self):
-            return [torch.optim.SGD(self.net[0].parameters(), 0.1), torch.optim.SGD(self.net[4].parameters(), 0.1)]
-
     callback = EMACallback(Cosine(0.5, 1.0))
-    fit(seeded(Two), callback, max_steps=12, max_epochs=-1)
+    fit(seeded(TwoOptimizers), callback, max_steps=12, max_epochs=-1)
     assert callback.average.num_steps == callback.average.schedule.total_steps == 6
 
 

@@ -7,6 +7,7 @@ from helpers import (
     BATCHES,
     EMAWeightAveraging,
     Regression,
+    TwoOptimizers,
     clones,
     ema,
     equal,
@@ -61,21 +62,6 @@ class Resumable(DataLoader):
 
     def load_state_dict(self, state):
         self.position = state["position"]
-
-
-class Manual(Regression):
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        for optimizer in self.optimizers():
-            optimizer.zero_grad()
-            self.manual_backward(self.loss(batch))
-            optimizer.step()
-
-    def configure_optimizers(self):
-        return [torch.optim.Adam(self.net[0].parameters(), 0.01), torch.optim.SGD(self.net[4].parameters(), 0.01)]
 
 
 class Saves(Callback):
@@ -177,8 +163,8 @@ def test_automatic_optimization(point, setting, first, tmp_path):
 @pytest.mark.parametrize("point", ["epoch end", "mid epoch", "validation end"])
 def test_manual_optimization_with_two_optimizers(point, tmp_path):
     hook, at, settings = POINTS[point]
-    whole = run(seeded(Manual), [ema(), Saves(hook, tmp_path / "x.ckpt", at)], **settings)
-    assert_same_end(whole, run(seeded(Manual), [ema()], ckpt_path=tmp_path / "x.ckpt", **settings))
+    whole = run(seeded(TwoOptimizers), [ema(), Saves(hook, tmp_path / "x.ckpt", at)], **settings)
+    assert_same_end(whole, run(seeded(TwoOptimizers), [ema()], ckpt_path=tmp_path / "x.ckpt", **settings))
 
 
 @pytest.mark.filterwarnings("ignore")
