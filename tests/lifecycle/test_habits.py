@@ -190,6 +190,21 @@ def test_a_trainer_without_the_callback_saves_the_module_as_it_is(tmp_path):
         assert equal(torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"], module.state_dict())
 
 
+def test_a_module_that_brings_the_callback_itself(tmp_path):
+    class Brings(Regression):
+        def configure_callbacks(self):
+            self.callback = ema(after_fit="live")
+            return [self.callback]
+
+    module, beside = seeded(Brings), ema(after_fit="live")
+    this = fit(module)
+    fit(seeded(), beside)
+    assert equal(module.callback.average.named_tensors(), beside.average.named_tensors())
+    this.save_checkpoint(tmp_path / "x.ckpt", weights_only=True)
+    state = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(state[name], tensor) for name, tensor in beside.average.named_tensors())
+
+
 def test_a_follower_that_comes_later_starts_from_the_live_weights():
     callback, module = ema(), seeded()
     fit(module, callback)
