@@ -20,12 +20,13 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--trust", action="store_true", help="let the file run code while it is read")
     export.add_argument("out", help="a .safetensors or .pt file")
     export.add_argument("--name", default="ema", help="of the callback (default: ema)")
+    export.add_argument("--which", type=int, default=0, help="place among the averages of several decays (default: 0)")
     given = parser.parse_args(arguments)
     try:
         if given.command == "inspect":
             print(describe(given.file, given.trust))
         else:
-            print(export_average(given.file, given.out, name=given.name, trust=given.trust))
+            print(export_average(given.file, given.out, name=given.name, which=given.which, trust=given.trust))
     except (OSError, ValueError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

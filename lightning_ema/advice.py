@@ -34,10 +34,22 @@ def still_rising(schedule: Schedule, total_steps: int) -> str | None:
     )
 
 
-def introduction(schedule: Schedule, sizes: Sequence[int]) -> str:
+def introduction(schedules: Sequence[Schedule], sizes: Sequence[int]) -> str:
     """What the first fit says: how much is averaged, and how."""
-    warm = " (a plain number is warmed up; Constant(decay) is not)" if isinstance(schedule, Warmup) else ""
-    return f"averaging {len(sizes)} tensors of {sum(sizes):,} elements with {schedule!r}{warm}."
+    warm = any(isinstance(schedule, Warmup) for schedule in schedules)
+    return (
+        f"averaging {len(sizes)} tensors of {sum(sizes):,} elements with {', '.join(map(repr, schedules))}"
+        f"{' (a plain number is warmed up; Constant(decay) is not)' if warm else ''}."
+    )
+
+
+def switching(every: int | str) -> str:
+    """What the first fit says where the live weights are set to the average now and then."""
+    when = f"at every {every} steps" if isinstance(every, int) else "at the end of each epoch"
+    return (
+        f"switch_every={every!r}: {when} the live weights are set to the average, and the optimizer goes on from there "
+        "with the state it has. This changes the training; leave it out for an average that only follows."
+    )
 
 
 def no_step_seen(global_step: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ema.kernels import all_finite, relative_distance
-from lightning_ema.loan import Loan, missing
-from lightning_ema.pairing import Pairing
+from lightning_ema.course import Course
+from lightning_ema.kernels import relative_distance
+from lightning_ema.loan import Loan, Pair, missing
 from lightning_ema.schedules import Plan, Schedule
 from lightning_ema.selection import Survey
 from lightning_ema.settings import Buffers, DecayPer, OnNonfinite, Settings
@@ -39,6 +40,8 @@ class WeightAverage:
         module: whose weights are averaged. It is not copied.
         decay: the share of the old average kept at each step: a number in [0, 1] or a
             :class:`~lightning_ema.Schedule`. A number ``d`` means ``Warmup(d)``; the bare constant is ``Constant(d)``.
+            A list keeps one average for each, in one pass over the live weights; this is the first, and all are in
+            ``averages``.
         every_n_steps: absorb the live weights at every n-th step, counted from ``start_step``.
         start_step: up to and including this step the average *is* the live weights, and nothing is stored.
         decay_per: ``"step"``: an update that covers several steps keeps the product of their decays, so that the
@@ -57,11 +60,6 @@ class WeightAverage:
         on_nonfinite: ``"skip"`` leaves out an update from NaN or infinite weights, ``"raise"`` raises
             FloatingPointError, ``"ignore"`` does not look. Looking reads all weights once more at each update, and
             waits for an accelerator.
-
-    Attributes:
-        num_steps: steps taken.
-        num_updates: how often the average absorbed the live weights.
-        num_skipped: updates left out because of non-finite weights.
 
     Raises:
         ValueError, TypeError: an argument is out of range, a pattern matches nothing, or there is nothing to average.
@@ -97,25 +95,50 @@ class WeightAverage:
             device,
             on_nonfinite,
         )
-        self.module = module
-        self.num_steps = 0
-        self.num_updates = 0
-        self.num_skipped = 0
-        self.last_update_step = 0
-        self.start_step = start_step
-        self._schedule = self.settings.decay
-        self._loan: Loan | None = None
-        self._delivery: Loan | None = None
-        self._no_grad = torch.no_grad()
         if not isinstance(module, nn.Module):
             raise TypeError(f"module is {module!r}; it must be a torch.nn.Module.")
-        if into is not None and (into is module or dtype is not None or device is not None):
-            raise ValueError(
-                "into takes another module, whose tensors keep their own dtype and device: leave out dtype and device."
-            )
-        self._pairing = Pairing(module, self.settings, into)
-        if start_step == 0:
-            self.start()
+        if into is not None:
+            _check_target(into, module, self.settings)
+        self.module = module
+        self._course = Course(module, self.settings, into)
+        self._place = 0
+        self._others = tuple(self._beside(place) for place in range(1, len(self.settings.decays)))
+
+    def _beside(self, place: int) -> WeightAverage:
+        other = copy.copy(self)
+        other.settings = self.settings.of(place)
+        other._place, other._others = place, ()
+        return other
+
+    @property
+    def averages(self) -> list[WeightAverage]:
+        """This average and those of the further decays, in their order. They share their counters and their loan."""
+        return [self, *self._others]
+
+    @property
+    def num_steps(self) -> int:
+        """Steps taken."""
+        return self._course.num_steps
+
+    @property
+    def num_updates(self) -> int:
+        """How often the average absorbed the live weights."""
+        return self._course.num_updates
+
+    @property
+    def num_skipped(self) -> int:
+        """Updates left out because of non-finite weights."""
+        return self._course.num_skipped
+
+    @property
+    def last_update_step(self) -> int:
+        """The step of the last update; that of the start before the first."""
+        return self._course.last_update_step
+
+    @property
+    def start_step(self) -> int:
+        """The step at which the average starts or started."""
+        return self._course.start_step
 
     # --- the update -------------------------------------------------------------------------------------------------
 
@@ -129,66 +152,34 @@ class WeightAverage:
             RuntimeError: during a loan.
             FloatingPointError: the live weights are not finite and ``on_nonfinite="raise"``.
         """
-        if self._loan is not None or self._delivery is not None:
-            self._refuse_during_loan("step")
-            self._loan = None  # it has ended
-        if not isinstance(n, int) or n < 0:
-            raise ValueError(f"step({n!r}): the number of steps since the last call is a whole number, not negative.")
-        before = self.num_steps - self.start_step
-        self.num_steps += n
-        if not self._pairing.started:
-            if before + n >= 0:
-                self.start()
-            return False
-        every = self.settings.every_n_steps
-        if (before + n) // every == before // every:
-            return False
-        return self._update()
-
-    def _update(self) -> bool:
-        after, upto = self.last_update_step - self.start_step, self.num_steps - self.start_step
-        if upto - after == 1 or self.settings.decay_per == "update":
-            decay = self._schedule(upto)
-        else:
-            decay = self._schedule.product(after, upto)
-        if not 0 <= decay <= 1:
-            raise ValueError(f"{self._schedule!r} gave the decay {decay!r} at step {upto}; it must lie in [0, 1].")
-        with self._no_grad:
-            lives = self._pairing.lives()
-            if self.settings.on_nonfinite != "ignore" and not all_finite(lives):
-                if self.settings.on_nonfinite == "raise":
-                    raise FloatingPointError(self._nonfinite_message())
-                self.num_skipped += 1  # last_update_step stays: the next update covers these steps too
-                return False
-            self._pairing.absorb(lives, 1 - decay)
-        self.num_updates += 1
-        self.last_update_step = self.num_steps
-        return True
+        return self._course.step(n)
 
     def start(self) -> None:
         """Starts the average here: it becomes the live weights, and ``start_step`` this step."""
-        self._refuse_during_loan("start")
-        self.start_step = self.last_update_step = self.num_steps
-        self._pairing.start()
+        self._course.start()
+
+    def start_at(self, step: int) -> None:
+        """Puts the start off to a later step, or starts here where that step is past."""
+        self._course.start_at(step)
 
     @property
     def started(self) -> bool:
         """Whether the average is stored; before, it is the live weights."""
-        return self._pairing.started
+        return self._course.pairing.started
 
     @property
     def decay(self) -> float:
         """The decay per step in force: that of the last step since the start, of the first one before it."""
-        return self._schedule(max(1, self.num_steps - self.start_step))
+        return self.schedule(max(1, self.num_steps - self.start_step))
 
     @property
     def schedule(self) -> Schedule:
         """The decay as a function of the step, with what the run knows filled in."""
-        return self._schedule
+        return self._course.schedules[self._place]
 
     def bind(self, plan: Plan) -> None:
         """Fills in what only the run knows; the plan's steps count from ``start_step``."""
-        self._schedule = self.settings.decay.bind(plan)
+        self._course.bind(plan)
 
     def refresh(self) -> None:
         """Looks for tensors that were unfrozen, added, replaced or moved since the last update.
@@ -196,8 +187,8 @@ class WeightAverage:
         Every update does this by itself; called before a step, it lets parameters join with the values that they have
         before that step. The next update then trusts that no submodule was exchanged in between.
         """
-        if self._delivery is None:
-            self._pairing.refresh_if_stale(trust_structure_once=True)
+        if not self.delivered:
+            self._course.pairing.refresh_if_stale(trust_structure_once=True)
 
     # --- the loan ---------------------------------------------------------------------------------------------------
 
@@ -213,12 +204,11 @@ class WeightAverage:
         Raises:
             RuntimeError: a loan is running already; loans do not nest.
         """
-        self._refuse_during_loan("lend")
+        self._course.refuse_during_loan("lend")
         if not self.delivered:
-            self._pairing.refresh_if_stale()
-        pairs = () if self.delivered else self._pairing.pairs()
-        self._loan = Loan(pairs, copy=copy, in_place=False)
-        return self._loan
+            self._course.lender = self._place
+        self._course.loan = Loan(() if self.delivered else self._to_lend(), copy=copy, in_place=False)
+        return self._course.loan
 
     @contextmanager
     def lent(self, copy: bool = False) -> Iterator[nn.Module]:
@@ -231,31 +221,35 @@ class WeightAverage:
 
     @property
     def loan(self) -> Loan | None:
-        """The loan that is running, if one is."""
-        return self._loan if self._loan is not None and self._loan.active else None
+        """The loan that is running, of this average or of one beside it."""
+        return self._course.running
+
+    @property
+    def lends(self) -> int:
+        """The place, among ``averages``, of the one that was lent or delivered last."""
+        return self._course.lender
 
     def apply(self) -> None:
         """Writes the average into the module for good. The average is kept; the live weights are lost."""
-        self._refuse_during_loan("apply")
+        self._course.refuse_during_loan("apply")
         with torch.no_grad():
-            for pair in self._pairing.pairs():
-                if pair.average is not None:
-                    pair.live.copy_(pair.average)
+            for pair, average in self._to_lend():
+                pair.live.copy_(average)
 
     def deliver(self) -> None:
         """Writes the average into the module's own storage, and keeps the live weights aside for :meth:`take_back`.
 
         Contents change places, so that this needs no memory where average and module are of one dtype.
         """
-        self._refuse_during_loan("deliver")
-        self._pairing.refresh_if_stale()
-        self._delivery = Loan(self._pairing.pairs(), copy=False, in_place=True)
+        self._course.refuse_during_loan("deliver")
+        self._course.lender = self._place
+        self._course.delivery = Loan(self._to_lend(), copy=False, in_place=True)
 
     def take_back(self) -> None:
         """Brings the live weights back after :meth:`deliver`; without one it does nothing."""
-        if self._delivery is not None:
-            self._delivery.end()
-            self._delivery = None
+        if self._course.delivery is not None:
+            self._course.delivery.end()
+            self._course.delivery = None
 
     def put_aside(self) -> dict[str, Tensor]:
         """Ends a delivery because other weights are about to be loaded into the module.
@@ -274,31 +268,62 @@ class WeightAverage:
     @property
     def delivered(self) -> bool:
         """Whether the module holds the average since :meth:`deliver`."""
-        return self._delivery is not None
+        return self._course.delivery is not None
+
+    def _to_lend(self) -> Iterator[tuple[Pair, Tensor]]:
+        self._course.pairing.refresh_if_stale()
+        for pair in self._course.pairing.pairs():
+            if pair.averages:
+                yield pair, self._read(pair, pair.live.detach())
+
+    def _read(self, pair: Pair, live: Tensor) -> Tensor:
+        """``average``, or ``average + bias(n) * (live - origin)`` where the schedule corrects."""
+        average = pair.averages[self._place]
+        if not self.schedule.corrects or pair.origin is None:
+            return average
+        with torch.no_grad():
+            return torch.add(average, live.to(average.device, average.dtype) - pair.origin, alpha=self.bias)
+
+    @property
+    def bias(self) -> float:
+        """How much of the way from the start to the live weights is added to the average; 0 for most schedules."""
+        return self.schedule.bias(max(1, self.last_update_step - self.start_step))
 
     # --- what there is ----------------------------------------------------------------------------------------------
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The average, by name: the tensors themselves, not copies. Before the start they are the live ones."""
-        loan = self._delivery or self.loan
-        for pair in self._pairing.pairs():
-            average = pair.average if loan is None else loan.average_of(pair)
-            yield pair.name, pair.live.detach() if average is None else average
+        """The average, by name: the tensors themselves, not copies. Before the start they are the live ones.
+
+        A schedule that corrects the average gives fresh tensors, from the average and the live weights as they are.
+        """
+        lending = (self._course.delivery or self.loan) if self._course.lender == self._place else None
+        lives = dict(self.named_live())
+        for pair in self._course.pairing.pairs():
+            lent = None if lending is None else lending.average_of(pair)
+            if lent is not None:
+                yield pair.name, lent
+            else:
+                yield pair.name, self._read(pair, lives[pair.name]) if pair.averages else lives[pair.name]
 
     def named_live(self) -> Iterator[tuple[str, Tensor]]:
         """The live tensors that are averaged, by name, also while the module carries the average."""
-        loan = self._delivery or self.loan
-        for pair in self._pairing.pairs():
+        loan = self._course.delivery or self.loan
+        for pair in self._course.pairing.pairs():
             yield pair.name, pair.live.detach() if loan is None else loan.live_of(pair)
 
     def not_held_by(self, state_dict: dict[str, Any]) -> dict[str, Tensor]:
-        """The averages that are not among the entries of a ``state_dict`` taken while the module carries them."""
+        """The averages that are not among the entries of a ``state_dict`` taken while the module carries them.
+
+        None for a schedule that corrects: what the module carries is not the average itself.
+        """
+        if self.schedule.corrects:
+            return {}
         averages = dict(self.named_tensors())
-        return missing(((p.name, p.live, averages[p.name]) for p in self._pairing.pairs()), state_dict)
+        return missing(((p.name, p.live, averages[p.name]) for p in self._course.pairing.pairs()), state_dict)
 
     def owns(self, optimizer: Any) -> bool:
         """Whether the optimizer trains a tensor that is averaged."""
-        owned = self._pairing.identities
+        owned = self._course.pairing.identities
         for group in optimizer.param_groups:  # plain loops: this runs at every step, and the first tensor decides
             for parameter in group["params"]:
                 if id(parameter) in owned:
@@ -312,23 +337,34 @@ class WeightAverage:
             return relative_distance(list(averages.values()), list(lives.values()))
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters, settings and the average by name: plain numbers, strings and tensors.
+        """Counters, settings and the averages by name: plain numbers, strings and tensors.
 
-        The tensors are the average's own, not copies; they load under ``torch.load(weights_only=True)``.
+        The tensors are the averages' own, not copies; they load under ``torch.load(weights_only=True)``.
+
+        Returns:
+            ``average`` is that of the first decay, ``others`` are those of the further ones; ``origin`` holds the
+            live parameters at the start, and ``biases`` their share, where a schedule corrects for them.
         """
-        if self.loan is None and self._delivery is None:
-            self._pairing.refresh_if_stale()
+        if self.loan is None and not self.delivered:
+            self._course.pairing.refresh_if_stale()
+        first, *others = [average._stored() for average in self.averages]
         return {
             "format": FORMAT,
-            "num_steps": self.num_steps,
-            "num_updates": self.num_updates,
-            "num_skipped": self.num_skipped,
-            "last_update_step": self.last_update_step,
-            "start_step": self.start_step,
+            **self._course.counters(),
             "started": self.started,
             "config": self.settings.describe(),
-            "average": dict(self.named_tensors()) if self.started else {},
+            "average": first,
+            "others": others,
+            "biases": [average.bias for average in self.averages],
+            "origin": {pair.name: pair.origin for pair in self._course.pairing.pairs() if pair.origin is not None},
         }
+
+    def _stored(self) -> dict[str, Tensor]:
+        if not self.started:
+            return {}
+        if self.schedule.corrects:
+            return {pair.name: pair.averages[self._place] for pair in self._course.pairing.pairs()}
+        return dict(self.named_tensors())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up a state written by :meth:`state_dict`. Nothing is changed where it does not fit.
@@ -336,36 +372,32 @@ class WeightAverage:
         Tensors that the module has but that do not take part yet (layers still to be unfrozen) join.
 
         Raises:
-            ValueError: a newer format, or tensors that are missing, unknown or of another shape: all are listed.
+            ValueError: a newer format, another number of decays, or tensors that are missing, unknown or of another
+                shape: all are listed.
         """
-        self._refuse_during_loan("load_state_dict")
+        self._course.refuse_during_loan("load_state_dict")
         check_state(state)
-        if state["started"]:
-            self._pairing.load(state["average"], buffers_begin=state["config"].get("buffers") != self.settings.buffers)
-        else:
-            self._pairing.forget()
-        self.num_steps = state["num_steps"]
-        self.num_updates = state["num_updates"]
-        self.num_skipped = state["num_skipped"]
-        self.last_update_step = state["last_update_step"]
-        same_start = state["config"].get("start_step") == self.settings.start_step
-        self.start_step = state["start_step"] if state["started"] or same_start else self.settings.start_step
-        if not self.started and self.num_steps >= self.start_step:
-            self.start()
-
-    def _refuse_during_loan(self, what: str) -> None:
-        if self._delivery is not None and what != "lend":
-            raise RuntimeError(f"{what}() after deliver(): the module holds the average. Call take_back() first.")
-        if self.loan is not None:
-            raise RuntimeError(
-                f"{what}() during a loan: the module already carries the average. Loans do not nest; call recall() on "
-                "the one that is running first."
+        averages = [state["average"], *state.get("others", ())]
+        if state["started"] and len(averages) != len(self.averages):
+            raise ValueError(
+                f"the state holds {len(averages)} averages, of decay={state['config'].get('decay')}; asked for are "
+                f"{len(self.averages)}, of decay={self.settings.describe()['decay']}. Give as many as it holds."
             )
+        if state["started"]:
+            begin = state["config"].get("buffers") != self.settings.buffers
+            self._course.pairing.load(averages, state.get("origin", {}), buffers_begin=begin)
+        else:
+            self._course.pairing.forget()
+        self._course.resume(state)
 
-    def _nonfinite_message(self) -> str:
-        names = [name for name, live in self.named_live() if not live.isfinite().all()]
-        return (
-            f"step {self.num_steps}: the live weights are not finite: {', '.join(names[:4])}"
-            f"{', ...' if len(names) > 4 else ''}. The average was left as it is. Lower the learning rate or clip the "
-            "gradients; on_nonfinite='skip' goes on without these updates."
+
+def _check_target(into: nn.Module, module: nn.Module, settings: Settings) -> None:
+    if into is module or settings.dtype is not None or settings.device is not None:
+        raise ValueError(
+            "into takes another module, whose tensors keep their own dtype and device: leave out dtype and device."
+        )
+    if len(settings.decays) > 1 or settings.decay.corrects:
+        raise ValueError(
+            f"into takes one average, as it is; decay={settings.as_arguments()['decay']!r} would need more tensors "
+            "than that module has. Leave into out, or write one decay."
         )

@@ -12,13 +12,14 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_ema import checkpoint as checkpoints
 from lightning_ema import trainer_facts, training_batches
-from lightning_ema.advice import introduction, no_step_seen, steps_missed, still_rising, too_long
+from lightning_ema.advice import introduction, no_step_seen, steps_missed, still_rising, switching, too_long
 from lightning_ema.average import WeightAverage
 from lightning_ema.checks import check_choice, check_count
+from lightning_ema.course import passed
 from lightning_ema.custody import Batches, Custody
 from lightning_ema.module_hook import Hook, ModuleHook
 from lightning_ema.schedules import Plan, Schedule
-from lightning_ema.settings import Buffers, DecayPer, OnNonfinite, Settings
+from lightning_ema.settings import Buffers, DecayPer, OnNonfinite, Settings, label
 from lightning_ema.steps import StepCounter
 
 UNTIL_EPOCH = sys.maxsize
@@ -26,6 +27,7 @@ UNTIL_EPOCH = sys.maxsize
 
 Evaluate = Literal["average", "live", "both"]
 AfterFit = Literal["average", "live"]
+Others = Literal["follow", "log", "evaluate"]
 
 
 @trainer_facts.known_to_pytorch_lightning
@@ -39,7 +41,8 @@ class EMACallback(Callback):
     Args:
         decay, every_n_steps, start_step, decay_per, include, exclude, include_frozen, dtype, device, on_nonfinite:
             as in :class:`~lightning_ema.WeightAverage`. A number ``d`` means ``Warmup(d)``; the bare constant is
-            ``Constant(d)``. A step is one step of an optimizer that trains averaged parameters.
+            ``Constant(d)``. A step is one step of an optimizer that trains averaged parameters. A list of decays keeps
+            one average for each; the first is evaluated and saved in ``state_dict``.
         buffers: besides ``"average"`` and ``"copy"``, ``"recalibrate"``: BatchNorm statistics are estimated anew from
             training batches before an evaluation or a save of the average, as ``torch.optim.swa_utils.update_bn``
             does; the live ones stay as they are. The module needs a ``forward`` that takes ``batch[0]`` or ``batch``.
@@ -47,6 +50,12 @@ class EMACallback(Callback):
         start_epoch: the average starts with this epoch (the first is 0), or at ``start_step`` if that comes later.
         evaluate: which weights validation, test and predict see, and ``state_dict`` of a checkpoint holds.
             ``"live"``: the average is only followed, logged and stored.
+        others: what is done with the further averages of several decays: ``"follow"`` them (they are stored, and in
+            ``averages``), ``"log"`` their decay and distance too, or also ``"evaluate"`` each in a pass of its own over
+            the validation or test data, logged as ``<metric>/<name>_<decay>``.
+        switch_every: set the live weights to the average at every so many steps, or at the end of each ``"epoch"``;
+            the optimizer's state is kept. The one setting that changes the training: Switch EMA (arXiv 2402.09240),
+            Hare and Tortoise. None: never.
         after_fit: which weights the module holds after ``fit``; ``"average"`` applies where ``evaluate`` does.
         name: tells several averages apart in log keys (``<name>/decay``) and checkpoints.
 
@@ -57,7 +66,7 @@ class EMACallback(Callback):
 
     def __init__(
         self,
-        decay: float | Schedule = 0.999,
+        decay: float | Schedule | Sequence[float | Schedule] = 0.999,
         *,
         every_n_steps: int = 1,
         start_step: int = 0,
@@ -71,6 +80,8 @@ class EMACallback(Callback):
         device: torch.device | str | None = None,
         start_epoch: int = 0,
         evaluate: Evaluate = "average",
+        others: Others = "follow",
+        switch_every: int | Literal["epoch"] | None = None,
         after_fit: AfterFit = "average",
         on_nonfinite: OnNonfinite = "ignore",
         name: str = "ema",
@@ -97,12 +108,19 @@ class EMACallback(Callback):
         if evaluate == "both":
             raise ValueError("evaluate='both' is not available yet; accepted are 'average' and 'live'.")
         check_choice(evaluate, "evaluate", ("average", "live"))
+        check_choice(others, "others", get_args(Others))
+        if others != "follow" and len(self.settings.decays) == 1:
+            raise ValueError(f"others={others!r} needs several decays, for instance decay=[0.99, 0.999].")
+        if switch_every is not None and switch_every != "epoch":
+            check_count(switch_every, "switch_every", at_least=1)
         check_choice(after_fit, "after_fit", get_args(AfterFit))
         if not isinstance(name, str) or not name:
             raise ValueError(f"name is {name!r}; it must be a word, such as 'ema'.")
         self.recalibrate_batches = (recalibrate_batches or 100) if buffers == "recalibrate" else 0
         self.start_epoch = start_epoch
         self.evaluate = evaluate
+        self.others = others
+        self.switch_every = switch_every
         self.after_fit = after_fit
         self.name = name
         self._steps = StepCounter()
@@ -116,13 +134,13 @@ class EMACallback(Callback):
 
     @property
     def average(self) -> WeightAverage | None:
-        """The average; None until training starts."""
+        """The average, that of the first decay where there are several; None until training starts."""
         return None if self._custody is None else self._custody.average
 
     @property
     def averages(self) -> list[WeightAverage]:
-        """All averages of this callback."""
-        return [] if self.average is None else [self.average]
+        """All averages of this callback, in the order of their decays; none until training starts."""
+        return [] if self.average is None else self.average.averages
 
     # --- a fit ------------------------------------------------------------------------------------------------------
 
@@ -153,7 +171,9 @@ class EMACallback(Callback):
         if self._custody is None:
             self._take_up(pl_module, self._new_custody(pl_module))
             sizes = [tensor.numel() for _, tensor in self._require().named_tensors()]
-            rank_zero_info(f"EMACallback {self.name!r}: {introduction(self.settings.decay, sizes)}")
+            rank_zero_info(f"EMACallback {self.name!r}: {introduction(self.settings.decays, sizes)}")
+            if self.switch_every is not None:
+                rank_zero_info(f"EMACallback {self.name!r}: {switching(self.switch_every)}")
         self._steps.hold(self._require().owns)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -169,10 +189,7 @@ class EMACallback(Callback):
         average.bind(self._plan)
         self._start_with_epoch(trainer)
         if self._plan.total_steps is not None:
-            if warning := too_long(average.schedule, self._plan.total_steps):
-                rank_zero_warn(f"EMACallback {self.name!r}: {warning}")
-            if remark := still_rising(average.schedule, self._plan.total_steps):
-                rank_zero_info(f"EMACallback {self.name!r}: {remark}")
+            self._advise(self._plan.total_steps)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start_with_epoch(trainer)
@@ -185,7 +202,11 @@ class EMACallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._steps.close()
-        if self._absorb() and trainer_facts.logs_this_step(trainer):
+        before = self._require().num_steps
+        stepped = self._absorb()
+        if self._switches(before, trainer.is_last_batch):
+            self._require().apply()
+        if stepped and trainer_facts.logs_this_step(trainer):
             self._log(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -335,9 +356,7 @@ class EMACallback(Callback):
         average = self._require()
         waits = not average.started and average.start_step == UNTIL_EPOCH
         if waits and trainer.current_epoch >= self.start_epoch:
-            average.start_step = max(self.settings.start_step, average.num_steps)
-            if average.num_steps >= average.start_step:
-                average.start()
+            average.start_at(max(self.settings.start_step, average.num_steps))
 
     def _absorb(self) -> bool:
         average, steps = self.average, self._steps.take()
@@ -393,17 +412,32 @@ class EMACallback(Callback):
         self._custody = None
         self._skips_said = False
 
-    def _log(self, pl_module: LightningModule) -> None:
+    def _switches(self, steps_before: int, last_batch: bool) -> bool:
+        """Whether the live weights are due to be set to the average, after a batch that began at ``steps_before``."""
         average = self._require()
-        pl_module.log_dict(
-            {
-                f"{self.name}/decay": average.decay,
-                f"{self.name}/updates": float(average.num_updates),
-                f"{self.name}/distance": average.distance(),
-            },
-            on_step=True,
-            on_epoch=False,
-        )
+        if self.switch_every is None or average.num_updates == 0:
+            return False
+        if self.switch_every == "epoch":
+            return last_batch
+        return passed(self.switch_every, steps_before - average.start_step, average.num_steps - average.start_step)
+
+    def _advise(self, total_steps: int) -> None:
+        for average in self.averages:
+            if warning := too_long(average.schedule, total_steps):
+                rank_zero_warn(f"EMACallback {self.name!r}: {warning}")
+            if remark := still_rising(average.schedule, total_steps):
+                rank_zero_info(f"EMACallback {self.name!r}: {remark}")
+
+    def _log(self, pl_module: LightningModule) -> None:
+        first, *others = self._require().averages
+        pl_module.log(f"{self.name}/updates", float(first.num_updates), on_step=True, on_epoch=False)
+        for average in [first] if self.others == "follow" else [first, *others]:
+            name = self.name if average is first else self._label(average)
+            values = {f"{name}/decay": average.decay, f"{name}/distance": average.distance()}
+            pl_module.log_dict(values, on_step=True, on_epoch=False)
+
+    def _label(self, average: WeightAverage) -> str:
+        return f"{self.name}_{label(average.settings.decay)}"
 
     def _held(self) -> Custody:
         if self._custody is None:

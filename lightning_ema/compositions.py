@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from lightning_ema.checks import check_count, check_decay, check_positive
 from lightning_ema.schedules import Constant, Plan, Schedule
@@ -196,11 +197,50 @@ class Scaled(Schedule):
         return math.pow(_inner(self.schedule).limit, self.batch_factor)
 
 
+@dataclass(frozen=True)
+class Bema(Schedule):
+    """``d(n) = 1 - (rho + gamma * n) ** -kappa``, corrected for the lag of the average.
+
+    What is evaluated and saved is ``average + bias(n) * (live - start)`` with ``bias(n) = (rho + gamma * n) ** -eta``
+    and ``start`` the live weights at ``start_step``, which are kept: one more tensor for each averaged parameter.
+    Buffers are averaged and not corrected. ``live`` are the live weights at the time of the loan or save.
+
+    Source: BEMA, Block and Zhang 2025, arXiv 2508.00180, whose ``eta`` is 0.2. On a noisy quadratic the larger default
+    here never lost to the plain average for long, while 0.2 did late in the run.
+
+    >>> round(Bema()(90), 3), round(Bema().bias(90), 3)
+    (0.9, 0.158)
+    """
+
+    kappa: float = 0.5
+    eta: float = 0.4
+    rho: float = 10.0
+    gamma: float = 1.0
+
+    corrects: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for name in ("kappa", "eta", "rho", "gamma"):
+            check_positive(getattr(self, name), name, self)
+        if self.rho < 1:
+            raise ValueError(f"Bema: rho is {self.rho!r}; it must be at least 1 (the usual value is 10).")
+
+    def __call__(self, n: int) -> float:
+        return -math.expm1(-self.kappa * math.log(self.rho + self.gamma * n))
+
+    def bias(self, n: int) -> float:
+        return math.pow(self.rho + self.gamma * n, -self.eta)
+
+
 _WIDEST = math.sqrt(1 / 12)  # sigma_rel of gamma = 0, where the profile is flat
 
 
 def _inner(schedule: Schedule | float) -> Schedule:
-    return schedule if isinstance(schedule, Schedule) else Constant(schedule)
+    if not isinstance(schedule, Schedule):
+        return Constant(schedule)
+    if schedule.corrects:
+        raise ValueError(f"{schedule!r} corrects the average of a whole run and cannot be part of another schedule.")
+    return schedule
 
 
 def _bound(schedule: Schedule | float, plan: Plan) -> Schedule | float:

@@ -38,7 +38,7 @@ class Custody:
         self.average = average
         self.steps_before = 0
         self._evaluates = evaluates
-        self._statistics = Recalibration(average.module) if recalibrates else None
+        self._statistics = [Recalibration(average.module) for _ in average.averages] if recalibrates else []
         self._aside: dict[str, Tensor] = {}
         self._was_delivered = self._loading = False
         self._footprint: Footprint | None = None
@@ -57,54 +57,80 @@ class Custody:
 
     def lend(self, batches: Batches | None = None) -> None:
         """Lends the average, with statistics estimated from ``batches`` where that has not been done for it yet."""
-        self.average.lend()
-        try:
-            self._put_statistics_in(batches)
-        except BaseException:
-            self.recall()
-            raise
+        self._lend(0, batches)
 
     def recall(self) -> None:
         """Brings the live weights back, also from a loan that a user's hook made; without one it does nothing."""
-        if self._statistics is not None and self.average.loan is not None:
-            self._statistics.take_out()
-        if self.average.loan is not None:
-            self.average.loan.recall()
+        loan = self.average.loan
+        if loan is not None:
+            self._take_statistics_out()
+            loan.recall()
 
     @contextmanager
     def carried(self, batches: Batches | None) -> Iterator[None]:
         """The module carries the average inside this block: already, or on a loan of its own."""
-        if not self.lends:
+        beside = self.average.loan is not None and self.average.lends != 0
+        if (self.gives_average and beside) or self.lends:
+            with self.instead(0, batches):
+                yield
+        else:
             yield
-            return
-        self.lend(batches)
+
+    @contextmanager
+    def instead(self, place: int | None, batches: Batches | None = None) -> Iterator[None]:
+        """Inside this block the module carries one of several averages, or None: its live weights.
+
+        Afterwards it carries again what it did before, also on errors.
+        """
+        before = self.average.lends if self.average.loan is not None else None
+        delivered = self.average.delivered
+        self.recall()
+        if delivered:
+            self._take_back_delivery()
         try:
+            if place is not None:
+                self._lend(place, batches)
             yield
         finally:
             self.recall()
+            if delivered:
+                self._deliver()
+            elif before is not None:
+                self._lend(before, None)
+
+    def _lend(self, place: int, batches: Batches | None) -> None:
+        self.average.averages[place].lend()
+        try:
+            self._put_statistics_in(place, batches)
+        except BaseException:
+            self.recall()
+            raise
 
     def lasting(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A ``state_dict`` of the module carrying the average that stays as it is after the recall."""
         returning = [] if self.average.loan is None else self.average.loan.returning()
-        return lasting(state_dict, returning + ([] if self._statistics is None else self._statistics.tensors()))
+        return lasting(state_dict, returning + [t for each in self._statistics[:1] for t in each.tensors()])
 
-    def _put_statistics_in(self, batches: Batches | None) -> None:
-        if self._statistics is None:
+    def _put_statistics_in(self, place: int, batches: Batches | None) -> None:
+        if not self._statistics:
             return
-        updates = self.average.num_updates
-        if batches is None or self._statistics.made_at == updates:
-            self._statistics.put_in(None, updates)
+        updates, statistics = self.average.num_updates, self._statistics[place]
+        if batches is None or statistics.made_at == updates:
+            statistics.put_in(None, updates)
         else:
             with batches as inputs:
-                self._statistics.put_in(inputs, updates)
+                statistics.put_in(inputs, updates)
+
+    def _take_statistics_out(self) -> None:
+        for statistics in self._statistics:
+            statistics.take_out()
 
     # --- after a fit ------------------------------------------------------------------------------------------------
 
     def leave(self, deliver: bool) -> None:
         """A fit ends: the module is left with its live weights or, where there is one, with the average."""
         if deliver and self.lends:
-            self.average.deliver()
-            self._put_statistics_in(None)
+            self._deliver()
         self._footprint = Footprint(self.average.module)
 
     @property
@@ -142,25 +168,28 @@ class Custody:
         write(self._aside, self.average.module)
         self._aside, self._footprint, self._loading = {}, None, False
 
+    def _deliver(self) -> None:
+        self.average.deliver()
+        self._put_statistics_in(0, None)
+
     def _take_back_delivery(self) -> None:
-        if self._statistics is not None:
-            self._statistics.take_out()
+        self._take_statistics_out()
         self.average.take_back()
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def entry(self) -> dict[str, Any]:
         """The callback's entry in a checkpoint whose ``state_dict`` was taken while the module carried the average."""
-        in_state_dict = self.gives_average
-        live = dict(self.average.named_live()) if in_state_dict else self._aside
-        if in_state_dict and self._statistics is not None:
-            live = {**live, **self._statistics.live()}
+        live = dict(self.average.named_live()) if self.gives_average else self._aside
+        if self.gives_average:
+            live |= {name: tensor for each in self._statistics[:1] for name, tensor in each.live().items()}
+        in_state_dict = self.gives_average and not self.average.schedule.corrects
         entry = pack(self.average.state_dict(), live, Survey(self.average.module).tensors, in_state_dict)
         entry["steps_before"] = self.steps_before
         with suppress(ValueError):  # a schedule that does not know the run yet
             entry["decay"] = self.average.decay
-        if self._statistics is not None:
-            entry["recalibrated_at"] = self._statistics.made_at
+        if self._statistics:
+            entry["recalibrated_at"] = self._statistics[0].made_at
         return entry
 
     def resume(self, entry: dict[str, Any]) -> None:
@@ -168,8 +197,8 @@ class Custody:
         state, live = unpack(entry, Survey(self.average.module).tensors)
         self.average.load_state_dict(state)
         self.steps_before = entry.get("steps_before", 0)
-        if self._statistics is not None and "recalibrated_at" in entry:
-            self._statistics.keep(entry["recalibrated_at"])
+        if self._statistics and "recalibrated_at" in entry:
+            self._statistics[0].keep(entry["recalibrated_at"])
         write(live, self.average.module)
 
     def adopt(self, steps: int, updates: int, live: dict[str, Any]) -> None:

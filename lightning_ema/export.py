@@ -18,13 +18,16 @@ from lightning_ema.selection import without_wrappers
 Checkpoint = str | Path | Mapping[str, Any]
 
 
-def export_average(checkpoint: Checkpoint, path: str | Path, *, name: str = "ema", trust: bool = False) -> Path:
+def export_average(
+    checkpoint: Checkpoint, path: str | Path, *, name: str = "ema", which: int = 0, trust: bool = False
+) -> Path:
     """Writes the averaged weights of a checkpoint alone, under the model's usual keys.
 
     Args:
         checkpoint: a file written by a Trainer with an ``EMACallback``, or its content.
         path: where to; ``.safetensors`` or ``.pt``. Without a suffix, safetensors where it is installed, else ``.pt``.
         name: of the callback whose average is meant.
+        which: the place of the average among several, as they were given in ``decay=[...]``; 0 is the first.
         trust: allow the file to run code while it is read, as files with custom classes in their hyper-parameters
             need. Only for files from people you trust.
 
@@ -44,25 +47,44 @@ def export_average(checkpoint: Checkpoint, path: str | Path, *, name: str = "ema
         )
     if entry["num_updates"] == 0:
         raise ValueError(f"the average {name!r} has not been updated yet (step {entry['num_steps']}).")
-    weights = averaged_state_dict(content, entry)
+    if not 0 <= which <= len(entry.get("others", ())):
+        raise ValueError(
+            f"which is {which}; the checkpoint holds {1 + len(entry.get('others', ()))} averages under {name!r}, of "
+            f"decay={entry['config']['decay']}, and the first is 0."
+        )
+    weights = averaged_state_dict(content, entry, which)
     target = _with_suffix(Path(path))
     if target.suffix == ".safetensors":
         from safetensors.torch import save_file
 
         metadata = {"average": name, "steps": str(entry["num_steps"]), "decay": str(entry["config"]["decay"])}
+        metadata |= {"which": str(which)} if entry.get("others") else {}
         save_file({key: value.contiguous().clone() for key, value in weights.items()}, target, metadata)
     else:
         torch.save({key: value.clone() for key, value in weights.items()}, target)
     return target
 
 
-def averaged_state_dict(checkpoint: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Tensor]:
-    """``state_dict`` with the averages of an entry in place, in the dtype of the model."""
-    stored: Mapping[str, Tensor] = entry["average"]
+def averaged_state_dict(checkpoint: Mapping[str, Any], entry: Mapping[str, Any], which: int = 0) -> dict[str, Tensor]:
+    """``state_dict`` with one of the averages of an entry in place, in the dtype of the model.
+
+    What ``state_dict`` holds already, that of an average which evaluates, is left as it is. Where the schedule
+    corrects, an average reads ``average + bias * (live - origin)``.
+    """
+    live, origin = entry["live"], entry.get("origin", {})
+    stored = [entry["average"], *entry.get("others", ())][which]
+    bias = entry["biases"][which] if origin else 0.0
+    if which == 0 and bias and live:
+        stored = {}
     weights = {}
     for key, value in checkpoint["state_dict"].items():
         name = without_wrappers(key)
-        weights[key] = stored[name].to(value.dtype) if name in stored else value
+        weights[key] = value
+        if name in stored:
+            average = stored[name]
+            if bias and name in origin:
+                average = average + bias * (live.get(name, value) - origin[name])
+            weights[key] = average.to(value.dtype)
     return weights
 
 
@@ -108,7 +130,10 @@ def _entry_lines(content: Mapping[str, Any], entry: Mapping[str, Any], lives: Ma
         lines.append(f"BatchNorm statistics estimated after update {entry['recalibrated_at']}")
     if "decay" in entry:
         lines.append(f"decay in force: {entry['decay']:.6g}, a horizon of {horizon(entry['decay']):,.0f} steps")
-    averages = {without_wrappers(k): v for k, v in averaged_state_dict(content, entry).items()} | dict(stored)
+    if entry.get("others"):
+        lines.append(f"{len(entry['others'])} further averages stored here ({_size(*entry['others'])})")
+    averages = {without_wrappers(k): v for k, v in averaged_state_dict(content, entry).items()}
+    averages |= {} if entry.get("origin") else dict(stored)
     known = [name for name in names if name in lives and name in averages]
     if known and entry["started"]:
         distance = relative_distance([averages[n].float() for n in known], [lives[n].float() for n in known])
@@ -116,8 +141,8 @@ def _entry_lines(content: Mapping[str, Any], entry: Mapping[str, Any], lives: Ma
     return lines
 
 
-def _size(tensors: Mapping[str, Tensor]) -> str:
-    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+def _size(*sets: Mapping[str, Tensor]) -> str:
+    nbytes = sum(tensor.nbytes for tensors in sets for tensor in tensors.values())
     return f"{nbytes / 1e6:,.1f} MB" if nbytes >= 1e6 else f"{nbytes / 1e3:.1f} kB"
 
 

@@ -5,6 +5,7 @@ All functions expect to be called under ``torch.no_grad()``.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -28,21 +29,52 @@ def lerp_(averages: list[Tensor], lives: list[Tensor], rate: float) -> None:
     torch._foreach_lerp_(averages, lives, rate)
 
 
-def lerp_cast_(averages: list[Tensor], lives: list[Tensor], rate: float) -> None:
-    """The same where dtypes or devices differ: through one small scratch tensor, never a full-size temporary."""
+def lerp_cast_(averages: Sequence[Sequence[Tensor]], lives: Sequence[Tensor], rates: Sequence[float]) -> None:
+    """The same where dtypes or devices differ, for several averages of the same live tensors.
+
+    ``averages[i][k] += rates[i] * (lives[k] - averages[i][k])``: each live tensor is read and cast once, through one
+    small scratch tensor, never a full-size temporary.
+    """
     scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-    for average, live in zip(averages, lives, strict=True):
-        flat_average, flat_live = flat_alike(average, live)
-        if flat_average is None or flat_live is None:
-            average.lerp_(live.to(average.device, average.dtype), rate)
+    for live, *several in zip(lives, *averages, strict=True):
+        first = several[0]
+        flats = flat_alike(live, *several)
+        if flats is None:
+            cast = live.to(first.device, first.dtype)
+            for average, rate in zip(several, rates, strict=True):
+                average.lerp_(cast, rate)
             continue
-        key = (average.device, average.dtype)
+        key = (first.device, first.dtype)
         if key not in scratch:
-            scratch[key] = torch.empty(CHUNK, device=average.device, dtype=average.dtype)
-        for start in range(0, flat_average.numel(), CHUNK):
-            part = flat_average[start : start + CHUNK]
-            cast = scratch[key][: part.numel()].copy_(flat_live[start : start + CHUNK])
-            part.lerp_(cast, rate)
+            scratch[key] = torch.empty(CHUNK, device=first.device, dtype=first.dtype)
+        flat_live, *flat_averages = flats
+        for start in range(0, live.numel(), CHUNK):
+            part = flat_live[start : start + CHUNK]
+            cast = scratch[key][: part.numel()].copy_(part)
+            for average, rate in zip(flat_averages, rates, strict=True):
+                average[start : start + CHUNK].lerp_(cast, rate)
+
+
+def lerp_several_(averages: Sequence[list[Tensor]], lives: list[Tensor], rates: Sequence[float]) -> None:
+    """The same for several averages of one dtype and device, in one pass over the live tensors.
+
+    ``averages[i][k] += rates[i] * (lives[k] - averages[i][k])``, a stretch of at most ``CHUNK`` elements at a time,
+    so that a live tensor is still in the cache when the next average reads it.
+    """
+    for stretch in stretches([live.numel() for live in lives]):
+        for several, rate in zip(averages, rates, strict=True):
+            lerp_(several[stretch], lives[stretch], rate)
+
+
+def stretches(sizes: Sequence[int]) -> list[slice]:
+    """Cuts a list of tensors of these sizes into stretches of at most ``CHUNK`` elements, or of one tensor."""
+    cuts, held = [0], 0
+    for place, size in enumerate(sizes):
+        if held and held + size > CHUNK:
+            cuts.append(place)
+            held = 0
+        held += size
+    return [slice(start, end) for start, end in itertools.pairwise([*cuts, len(sizes)])]
 
 
 def exchange_(first: Tensor, second: Tensor) -> None:
@@ -50,10 +82,11 @@ def exchange_(first: Tensor, second: Tensor) -> None:
 
     An interruption (Ctrl-C) half way exchanges back what was done, so that nothing is lost or mixed.
     """
-    flat_first, flat_second = flat_alike(first, second)
-    if flat_first is None or flat_second is None:
+    flats = flat_alike(first, second)
+    if flats is None:
         _exchange_whole(first, second)
         return
+    flat_first, flat_second = flats
     done = 0
     try:
         for start in range(0, flat_first.numel(), CHUNK):
@@ -98,15 +131,15 @@ def relative_distance(averages: Sequence[Tensor], lives: Sequence[Tensor]) -> fl
     return (distance / norm) ** 0.5 if norm > 0 else 0.0
 
 
-def flat_alike(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Both tensors as vectors of their elements in one common memory order, without a copy; None where impossible.
+def flat_alike(*tensors: Tensor) -> list[Tensor] | None:
+    """The tensors as vectors of their elements in one common memory order, without a copy; None where impossible.
 
-    Possible where both have the same strides and fill their memory without gaps or overlaps: contiguous,
+    Possible where all have the same strides and fill their memory without gaps or overlaps: contiguous,
     channels_last, transposed.
     """
-    if first.stride() != second.stride() or not _is_dense(first):
-        return None, None
-    return tuple(t.as_strided((t.numel(),), (1,), t.storage_offset()) for t in (first, second))  # type: ignore[return-value]
+    if any(tensor.stride() != tensors[0].stride() for tensor in tensors) or not _is_dense(tensors[0]):
+        return None
+    return [tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset()) for tensor in tensors]
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -15,17 +15,19 @@ from lightning_ema.selection import Candidate
 
 @dataclass(eq=False)
 class Pair:
-    """A tensor of the module and its average.
+    """A tensor of the module and its averages.
 
     Attributes:
         candidate: the tensor, its names and where it hangs.
-        average: of the same shape and strides; None until the average has started.
+        averages: one for each decay, of the same shape and strides; empty until the average has started.
+        origin: the live tensor as it was at the start, where a schedule corrects for it.
         exclusive: whether the live tensor's storage is its own and may be exchanged for the average's.
         crossed: whether it shares part of its memory with another tensor of the module.
     """
 
     candidate: Candidate
-    average: Tensor | None
+    averages: list[Tensor]
+    origin: Tensor | None = None
     exclusive: bool = True
     crossed: bool = False
 
@@ -58,15 +60,21 @@ class _Lent:
 
 
 class Loan:
-    """The module carries the average until :meth:`recall`. Made by :meth:`lightning_ema.WeightAverage.lend`."""
+    """The module carries an average until :meth:`recall`. Made by :meth:`lightning_ema.WeightAverage.lend`.
 
-    def __init__(self, pairs: Iterable[Pair], copy: bool, in_place: bool) -> None:
+    Args:
+        averages: the average that each pair is lent; nothing for pairs that have not started.
+        copy: lend a copy, so that the module may write to what it is lent.
+        in_place: leave every tensor the storage that it has.
+    """
+
+    def __init__(self, averages: Iterable[tuple[Pair, Tensor]], copy: bool, in_place: bool) -> None:
         self._lent: dict[str, _Lent] = {}
         self.active = True
         torch.clear_autocast_cache()  # else an autocast region open across the loan goes on with casts of live weights
         try:
             with torch.inference_mode(False), torch.no_grad():
-                stored = [(pair, pair.average) for pair in pairs if pair.average is not None]
+                stored = list(averages)
                 # where memory is shared in part, all live values are taken before any of it is written to
                 kept = {pair.name: pair.live.data.clone() for pair, _ in stored if pair.crossed}
                 for pair, average in stored:
@@ -112,9 +120,11 @@ class Loan:
         ]
 
     def average_of(self, pair: Pair) -> Tensor | None:
-        """Where the average is to be found during the loan."""
+        """Where the average is to be found that was lent; None where none was."""
         lent = self._lent.get(pair.name)
-        return pair.live.detach() if lent is not None and lent.how == "exchange" else pair.average
+        if lent is None:
+            return None
+        return pair.live.detach() if lent.how == "exchange" else lent.average
 
     def live_of(self, pair: Pair) -> Tensor:
         """Where the live tensor is to be found during the loan."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from lightning_ema.kernels import lerp_, lerp_cast_
+from lightning_ema.kernels import lerp_, lerp_cast_, lerp_several_
 from lightning_ema.loan import Pair
 from lightning_ema.selection import Candidate, Survey, check_patterns, joins, owns_storage
 from lightning_ema.settings import Settings
@@ -19,9 +19,9 @@ from lightning_ema.settings import Settings
 
 @dataclass(frozen=True, eq=False)
 class _Group:
-    """Averages of one kind and the stretch of the list of live tensors that belongs to them."""
+    """Averages of one kind, a list for each decay, and the stretch of the list of live tensors that belongs to them."""
 
-    averages: list[Tensor]
+    averages: list[list[Tensor]]
     stretch: slice
     alike: bool
 
@@ -43,6 +43,7 @@ class Pairing:
         self._module = module
         self._settings = settings
         self._targets = None if into is None else {n: c.tensor for c in Survey(into).candidates for n in c.names}
+        self._keeps_origin = any(schedule.corrects for schedule in settings.decays)
         self._pairs: dict[str, Pair] = {}
         self._admitted: set[str] = set()
         self._unbounded: set[str] = set()
@@ -66,20 +67,25 @@ class Pairing:
         self._refresh()
         with torch.no_grad():
             for pair in self._pairs.values():
-                if pair.average is not None:
-                    pair.average.copy_(pair.live)
+                for tensor in _stored(pair):
+                    tensor.copy_(pair.live)
 
     def forget(self) -> None:
         """Gives the averages up, as before the start."""
         self.started = False
         for pair in self._pairs.values():
-            pair.average = None
+            pair.averages, pair.origin = [], None
         self._arrange()
 
-    def absorb(self, lives: list[Tensor], rate: float) -> None:
-        """``average += rate * (live - average)`` for ``lives`` as given by :meth:`lives`."""
+    def absorb(self, lives: list[Tensor], rates: Sequence[float]) -> None:
+        """``average += rate * (live - average)`` for each decay's average, with ``lives`` from :meth:`lives`."""
         for group in self._groups:
-            (lerp_ if group.alike else lerp_cast_)(group.averages, lives[group.stretch], rate)
+            if not group.alike:
+                lerp_cast_(group.averages, lives[group.stretch], rates)
+            elif len(rates) == 1:
+                lerp_(group.averages[0], lives[group.stretch], rates[0])
+            else:
+                lerp_several_(group.averages, lives[group.stretch], rates)
 
     def lives(self) -> list[Tensor]:
         """The live tensors as they are now, in the order that :meth:`absorb` takes."""
@@ -102,13 +108,16 @@ class Pairing:
                     self._refresh()
                 return
 
-    def load(self, averages: dict[str, Tensor], buffers_begin: bool = False) -> None:
+    def load(
+        self, averages: Sequence[dict[str, Tensor]], origin: dict[str, Tensor], buffers_begin: bool = False
+    ) -> None:
         """Takes the averages over by name. Parameters that do not take part yet, such as frozen ones, join.
 
         What the settings leave out (``include``, ``exclude``, ``buffers``) stays out: the settings win over the file.
 
         Args:
-            averages: all averages, by name.
+            averages: all tensors by name, for each decay.
+            origin: the parameters as they were at the start, by name; empty where no schedule asks for them.
             buffers_begin: buffers that are not among them begin with the live ones.
 
         Raises:
@@ -116,33 +125,45 @@ class Pairing:
         """
         self.refresh_if_stale()
         known = {name: candidate for candidate in self._survey.candidates for name in candidate.names}
-        problems = [f"{name}: not in the module" for name in averages if name not in known]
-        wanted = {known[name].name: value for name, value in averages.items() if name in known}
-        wanted = {name: value for name, value in wanted.items() if self._allowed(known[name])}
+        sets = [self._wanted(tensors, known) for tensors in (*averages, origin)]
+        problems = [f"{name}: not in the module" for tensors in averages for name in tensors if name not in known]
         problems += [
             f"{name}: not in the state"
             for name, pair in self._pairs.items()
-            if name not in wanted and not (buffers_begin and pair.candidate.is_buffer)
+            for tensors in sets[:-1]
+            if name not in tensors and not (buffers_begin and pair.candidate.is_buffer)
         ]
+        if self._keeps_origin:
+            missing = [c.name for c in known.values() if c.name in sets[0] and not c.is_buffer and c.name not in origin]
+            problems += [f"{name}: its value at the start is not in the state" for name in missing]
         problems += [
             f"{name}: shape {tuple(value.shape)} in the state, {tuple(known[name].tensor.shape)} in the module"
-            for name, value in wanted.items()
+            for tensors in sets
+            for name, value in tensors.items()
             if value.shape != known[name].tensor.shape
         ]
         if problems:
             raise ValueError(
-                f"the state does not fit {type(self._module).__name__}:\n  " + "\n  ".join(problems) + "\n"
-                "Build the module as it was when the state was written, or choose the same tensors by include and "
+                f"the state does not fit {type(self._module).__name__}:\n  "
+                + "\n  ".join(dict.fromkeys(problems))
+                + "\nBuild the module as it was when the state was written, or choose the same tensors by include and "
                 "exclude."
             )
-        self._admitted |= wanted.keys()
+        self._admitted |= sets[0].keys()
         self.started = True
         self._refresh()
         with torch.no_grad():
-            for name, value in wanted.items():
-                average = self._pairs[name].average
-                assert average is not None
-                average.copy_(value)
+            for place, tensors in enumerate(sets[:-1]):
+                for name, value in tensors.items():
+                    self._pairs[name].averages[place].copy_(value)
+            for name, value in sets[-1].items():
+                kept = self._pairs[name].origin
+                if kept is not None:
+                    kept.copy_(value)
+
+    def _wanted(self, tensors: dict[str, Tensor], known: dict[str, Candidate]) -> dict[str, Tensor]:
+        named = {known[name].name: value for name, value in tensors.items() if name in known}
+        return {name: value for name, value in named.items() if self._allowed(known[name])}
 
     # --- pairing ----------------------------------------------------------------------------------------------------
 
@@ -154,7 +175,7 @@ class Pairing:
             if known is not None or self._takes(candidate):
                 if candidate.name in self._pairs:
                     raise ValueError(f"two tensors are named {candidate.name!r} once wrapper prefixes are left out.")
-                self._pairs[candidate.name] = Pair(candidate, self._average_for(candidate, known))
+                self._pairs[candidate.name] = self._pair(candidate, known)
         self._waiting = [
             candidate
             for candidate in self._survey.candidates
@@ -190,24 +211,27 @@ class Pairing:
             return False
         return True
 
-    def _average_for(self, candidate: Candidate, known: Pair | None) -> Tensor | None:
-        live, name = candidate.tensor, candidate.name
+    def _pair(self, candidate: Candidate, known: Pair | None) -> Pair:
         if not self.started:
-            return None
+            return Pair(candidate, [])
         if self._targets is not None:
-            return self._target(candidate)
-        dtype, device = self._home(live)
-        average = None if known is None else known.average
-        if average is not None and average.shape == live.shape:
-            return average.to(device=device, dtype=dtype)
-        if average is not None:
+            return Pair(candidate, [self._target(candidate)])
+        before = [] if known is None else _stored(known)
+        if before and before[0].shape != candidate.tensor.shape:
             warnings.warn(
-                f"{name} changed its shape from {tuple(average.shape)} to {tuple(live.shape)}: its average starts "
-                "again from the live tensor.",
+                f"{candidate.name} changed its shape from {tuple(before[0].shape)} to "
+                f"{tuple(candidate.tensor.shape)}: its average starts again from the live tensor.",
                 stacklevel=2,
             )
-        with torch.inference_mode(False), torch.no_grad():  # else an average made in a validation could not be trained
-            return torch.empty_like(live, dtype=dtype, device=device, requires_grad=False).copy_(live)
+            before = []
+        keeps_origin = self._keeps_origin and not candidate.is_buffer
+        count = len(self._settings.decays) + keeps_origin
+        dtype, device = self._home(candidate.tensor)
+        if before:
+            tensors = [tensor.to(device=device, dtype=dtype) for tensor in before]
+        else:
+            tensors = [_copy(candidate.tensor, dtype, device) for _ in range(count)]
+        return Pair(candidate, tensors[: len(self._settings.decays)], tensors[-1] if keeps_origin else None)
 
     def _target(self, candidate: Candidate) -> Tensor:
         target = None if self._targets is None else self._targets.get(candidate.name)
@@ -246,7 +270,7 @@ class Pairing:
             end = start
             while end < len(ordered) and _kind(ordered[end]) == _kind(ordered[start]):
                 end += 1
-            averages = [pair.average for pair in ordered[start:end] if pair.average is not None]
+            averages = [list(each) for each in zip(*(pair.averages for pair in ordered[start:end]), strict=True)]
             self._groups.append(_Group(averages, slice(start, end), _alike(ordered[start])))
             start = end
 
@@ -309,10 +333,18 @@ def _crossed(candidates: list[Candidate]) -> set[int]:
     return found
 
 
+def _stored(pair: Pair) -> list[Tensor]:
+    return pair.averages if pair.origin is None else [*pair.averages, pair.origin]
+
+
+def _copy(live: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():  # else an average made in a validation could not be trained
+        return torch.empty_like(live, dtype=dtype, device=device, requires_grad=False).copy_(live)
+
+
 def _kind(pair: Pair) -> tuple[object, ...]:
-    live, average = pair.live, pair.average
-    return live.dtype, live.device, *((average.dtype, average.device) if average is not None else ())
+    return tuple(of for tensor in (pair.live, *pair.averages[:1]) for of in (tensor.dtype, tensor.device))
 
 
 def _alike(pair: Pair) -> bool:
-    return pair.average is not None and _kind(pair)[:2] == _kind(pair)[2:]
+    return _kind(pair)[:2] == _kind(pair)[2:]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from lightning_ema.checks import check_decay, check_positive, check_share
 
@@ -58,6 +59,13 @@ class Schedule(ABC):
     def limit(self) -> float:
         """The decay approached for ``n`` to infinity; 1 where the horizon grows without end."""
         return 1.0
+
+    corrects: ClassVar[bool] = False
+    """Whether the average is corrected by ``bias``, for which the weights at the start are kept."""
+
+    def bias(self, n: int) -> float:
+        """The share of the way gone since the start that is added to the average after ``n`` steps."""
+        return 0.0
 
 
 @dataclass(frozen=True)

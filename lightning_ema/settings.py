@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Literal, get_args
 
@@ -23,7 +24,7 @@ OnNonfinite = Literal["skip", "raise", "ignore"]
 class Settings:
     """The arguments of :class:`~lightning_ema.WeightAverage`, checked. Its docstring says what each means."""
 
-    decay: Schedule
+    decays: tuple[Schedule, ...]
     every_n_steps: int
     start_step: int
     decay_per: DecayPer
@@ -55,7 +56,7 @@ class Settings:
         Raises:
             ValueError, TypeError: naming the argument, what was given, what is accepted and what to write instead.
         """
-        schedule = as_schedule(decay)
+        decays = as_schedules(decay)
         check_count(every_n_steps, "every_n_steps", at_least=1)
         check_count(start_step, "start_step", at_least=0)
         check_choice(decay_per, "decay_per", get_args(DecayPer))
@@ -68,9 +69,10 @@ class Settings:
         check_flag(include_frozen, "include_frozen")
         check_choice(on_nonfinite, "on_nonfinite", get_args(OnNonfinite))
         _check_dtype(dtype)
-        _warn_of_interval(every_n_steps, schedule)
+        for schedule in decays:
+            _warn_of_interval(every_n_steps, schedule)
         return cls(
-            decay=schedule,
+            decays=decays,
             every_n_steps=every_n_steps,
             start_step=start_step,
             decay_per=decay_per,
@@ -83,28 +85,58 @@ class Settings:
             on_nonfinite=on_nonfinite,
         )
 
+    @property
+    def decay(self) -> Schedule:
+        """The schedule of the first average."""
+        return self.decays[0]
+
+    def of(self, place: int) -> Settings:
+        """The settings of one of several averages."""
+        return replace(self, decays=(self.decays[place],))
+
     def as_arguments(self) -> dict[str, Any]:
         """The keyword arguments of :class:`~lightning_ema.WeightAverage` that give these settings again."""
-        return dict(vars(self))
+        rest = {name: value for name, value in vars(self).items() if name != "decays"}
+        return {"decay": self.decay if len(self.decays) == 1 else list(self.decays), **rest}
 
     def describe(self) -> dict[str, str | int | bool]:
         """Plain numbers and strings, for a checkpoint."""
-        return {name: v if isinstance(v, (bool, int, str)) else repr(v) for name, v in vars(self).items()}
+        arguments = self.as_arguments().items()
+        return {name: v if isinstance(v, (bool, int, str)) else repr(v) for name, v in arguments}
 
 
-def as_schedule(decay: float | Schedule | Sequence[float | Schedule]) -> Schedule:
-    """A schedule as it is; a number ``d`` as ``Warmup(d)``."""
+def as_schedules(decay: float | Schedule | Sequence[float | Schedule]) -> tuple[Schedule, ...]:
+    """One schedule or several: each as it is, a number ``d`` as ``Warmup(d)``."""
+    if not isinstance(decay, Sequence) or isinstance(decay, str):
+        return (_as_schedule(decay),)
+    schedules = tuple(_as_schedule(each) for each in decay)
+    if not schedules:
+        raise ValueError("decay is empty; write a number, a Schedule or a list of them, for instance [0.99, 0.999].")
+    twice = [schedule for place, schedule in enumerate(schedules) if schedule in schedules[:place]]
+    if twice:
+        raise ValueError(f"decay holds {twice[0]!r} twice, which would be the same average twice; leave one out.")
+    return schedules
+
+
+def label(schedule: Schedule) -> str:
+    """A word for one of several averages, for log keys: as it was written, without signs that loggers refuse.
+
+    >>> from lightning_ema.schedules import Constant
+    >>> label(Warmup(0.999)), label(Constant(0.99))
+    ('0.999', 'Constant_decay_0.99')
+    """
+    if isinstance(schedule, Warmup) and schedule == Warmup(schedule.decay):
+        return repr(schedule.decay)
+    return re.sub(r"[^\w.]+", "_", repr(schedule)).strip("_")
+
+
+def _as_schedule(decay: float | Schedule) -> Schedule:
     if isinstance(decay, Schedule):
         return decay
-    if isinstance(decay, Sequence) and not isinstance(decay, str):
-        raise ValueError(
-            f"decay={list(decay)!r}: one average follows one decay for now. Add one EMACallback for each, with names "
-            "of their own and evaluate='live' on all but one: EMACallback(0.99, name='fast', evaluate='live')."
-        )
     if isinstance(decay, bool) or not isinstance(decay, Real):
         raise TypeError(
-            f"decay is {decay!r}; it must be a number in [0, 1] or a Schedule, for instance 0.999 or "
-            "Cosine(0.99, 1.0, total_steps=10_000)."
+            f"decay is {decay!r}; it must be a number in [0, 1], a Schedule or a list of these, for instance 0.999, "
+            "Cosine(0.99, 1.0, total_steps=10_000) or [0.99, 0.999]."
         )
     return Warmup(float(decay))
 

@@ -25,14 +25,17 @@ def check_state(state: dict[str, Any]) -> None:
         )
     kinds: dict[str, type] = dict.fromkeys(_COUNTERS, int) | {"started": bool, "config": dict, "average": dict}
     wrong = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
-    wrong += [f"average[{name!r}]" for name, value in _entries(state, "average") if not isinstance(value, Tensor)]
-    wrong += [f"live[{name!r}]" for name, value in _entries(state, "live") if not isinstance(value, Tensor)]
+    sets = {key: state.get(key) for key in ("average", "live", "origin")}
+    sets |= {f"others[{place}]": tensors for place, tensors in enumerate(state.get("others", ()))}
+    wrong += [
+        f"{key}[{name!r}]"
+        for key, tensors in sets.items()
+        if isinstance(tensors, dict)
+        for name, value in tensors.items()
+        if not isinstance(value, Tensor)
+    ]
     if wrong:
         raise ValueError(
             f"the state is damaged, or was not written by lightning_ema: {', '.join(wrong)} missing or of the wrong "
             "kind. Take another checkpoint; its weights can still be loaded without the callback."
         )
-
-
-def _entries(state: dict[str, Any], name: str) -> list[tuple[str, Any]]:
-    return list(state[name].items()) if isinstance(state.get(name), dict) else []

@@ -14,6 +14,7 @@ LAYERS = [
     {"compositions", "advice", "selection", "kernels", "steps"},
     {"settings", "loan", "footprint", "recalibration"},
     {"pairing"},
+    {"course"},
     {"average"},
     {"checkpoint", "trainer_facts", "module_hook", "training_batches"},
     {"custody", "export"},

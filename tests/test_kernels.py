@@ -4,7 +4,17 @@ import pytest
 import torch
 
 from lightning_ema import kernels
-from lightning_ema.kernels import CHUNK, all_finite, exchange_, lerp_, lerp_cast_, lerp_reference_, relative_distance
+from lightning_ema.kernels import (
+    CHUNK,
+    all_finite,
+    exchange_,
+    lerp_,
+    lerp_cast_,
+    lerp_reference_,
+    lerp_several_,
+    relative_distance,
+    stretches,
+)
 
 SHAPES = [(3, 4), (), (0,), (5,), (2, 3, 4, 4), (CHUNK + 7,)]
 
@@ -48,21 +58,45 @@ def test_one_call_for_a_list_equals_the_reference(rate, layout, dtype):
 def test_cast_in_chunks_equals_the_reference(layout, live_dtype):
     averages, lives = lists(torch.float32, live_dtype, layout)
     expected = [average.clone() for average in averages]
-    lerp_cast_(averages, lives, 0.3)
+    lerp_cast_([averages], lives, [0.3])
     lerp_reference_(expected, lives, 0.3)
     assert all(torch.equal(a, b) for a, b in zip(averages, expected, strict=True))
 
 
+@pytest.mark.parametrize(
+    "layout", [lambda t: t, channels_last, strided], ids=["contiguous", "channels_last", "strided"]
+)
+@pytest.mark.parametrize("live_dtype", [torch.float32, torch.bfloat16])
+def test_several_averages_in_one_pass_equal_the_reference_on_each(layout, live_dtype):
+    rates, several = [0.3, 0.0, 1.0, 1e-3], []
+    for shift in range(len(rates)):
+        averages, lives = lists(torch.float32, live_dtype, layout)
+        several.append([average + shift for average in averages])
+    expected = [[average.clone() for average in averages] for averages in several]
+    update = lerp_several_ if live_dtype == torch.float32 else lerp_cast_
+    update(several, lives, rates)
+    for averages, rate in zip(expected, rates, strict=True):
+        lerp_reference_(averages, lives, rate)
+    torch.testing.assert_close(several, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_stretches_hold_at_most_a_chunk_or_one_tensor():
+    half = CHUNK // 2
+    cuts = stretches([half, half, 1, 3 * CHUNK, 2, 3])
+    assert cuts == [slice(0, 2), slice(2, 3), slice(3, 4), slice(4, 6)]
+    assert stretches([]) == [slice(0, 0)]
+
+
 def test_cast_between_different_memory_orders():
     average, live = torch.zeros(2, 3), torch.arange(6.0).reshape(3, 2).t().bfloat16()
-    lerp_cast_([average], [live], 0.5)
+    lerp_cast_([[average]], [live], [0.5])
     assert average.tolist() == [[0, 1, 2], [0.5, 1.5, 2.5]]
 
 
 def test_cast_needs_no_full_size_temporary(count_allocations):
     average, live = torch.zeros(20 * CHUNK), torch.ones(20 * CHUNK, dtype=torch.bfloat16)
     with count_allocations() as allocated:
-        lerp_cast_([average], [live], 0.5)
+        lerp_cast_([[average]], [live], [0.5])
     assert 0 < allocated.total <= 2 * CHUNK * 4
     assert average.eq(0.5).all()
 
