@@ -2,7 +2,7 @@
 
 from lightning_ema.average import WeightAverage
 from lightning_ema.callback import EMACallback
-from lightning_ema.compositions import CopyFirst, Debiased, Equal, Power, Scaled, Then
+from lightning_ema.compositions import Bema, CopyFirst, Debiased, Equal, Power, Scaled, Then
 from lightning_ema.export import export_average
 from lightning_ema.loan import Loan
 from lightning_ema.schedules import (
@@ -22,6 +22,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Annealing",
+    "Bema",
     "Constant",
     "CopyFirst",
     "Cosine",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ema.course import Course
-from lightning_ema.kernels import relative_distance
+from lightning_ema.kernels import corrected, relative_distance
 from lightning_ema.loan import Loan, Pair, missing
 from lightning_ema.schedules import Plan, Schedule
 from lightning_ema.selection import Survey
@@ -282,7 +282,7 @@ class WeightAverage:
         if not self.schedule.corrects or pair.origin is None:
             return average
         with torch.no_grad():
-            return torch.add(average, live.to(average.device, average.dtype) - pair.origin, alpha=self.bias)
+            return corrected(average, live, pair.origin, self.bias)
 
     @property
     def bias(self) -> float:

@@ -15,7 +15,6 @@ from lightning_ema import trainer_facts, training_batches
 from lightning_ema.advice import introduction, no_step_seen, steps_missed, still_rising, switching, too_long
 from lightning_ema.average import WeightAverage
 from lightning_ema.checks import check_choice, check_count
-from lightning_ema.course import passed
 from lightning_ema.custody import Batches, Custody
 from lightning_ema.module_hook import Hook, ModuleHook
 from lightning_ema.schedules import Plan, Schedule
@@ -181,7 +180,7 @@ class EMACallback(Callback):
         if self.recalibrate_batches:
             training_batches.check(pl_module, trainer)
         if trainer_facts.begins(trainer):
-            custody.steps_before = average.num_steps
+            custody.steps_before, custody.switched = average.num_steps, None
         plan = trainer_facts.plan(trainer).after(-custody.steps_before)
         epochs_before = int(self.start_epoch * (plan.steps_per_epoch or 0))
         start = average.start_step if average.started else max(self.settings.start_step, epochs_before)
@@ -195,6 +194,7 @@ class EMACallback(Callback):
         self._start_with_epoch(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._switch(trainer.current_epoch)  # due since a batch that was left early, or saved before it was due
         self._require().refresh()  # what was unfrozen joins with its value before its first step
         self._steps.open()
 
@@ -202,10 +202,8 @@ class EMACallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._steps.close()
-        before = self._require().num_steps
         stepped = self._absorb()
-        if self._switches(before, trainer.is_last_batch):
-            self._require().apply()
+        self._switch(trainer.current_epoch + trainer.is_last_batch)
         if stepped and trainer_facts.logs_this_step(trainer):
             self._log(pl_module)
 
@@ -412,14 +410,9 @@ class EMACallback(Callback):
         self._custody = None
         self._skips_said = False
 
-    def _switches(self, steps_before: int, last_batch: bool) -> bool:
-        """Whether the live weights are due to be set to the average, after a batch that began at ``steps_before``."""
-        average = self._require()
-        if self.switch_every is None or average.num_updates == 0:
-            return False
-        if self.switch_every == "epoch":
-            return last_batch
-        return passed(self.switch_every, steps_before - average.start_step, average.num_steps - average.start_step)
+    def _switch(self, epochs: int) -> None:
+        if self.switch_every is not None:
+            self._held().switch(self.switch_every, epochs)
 
     def _advise(self, total_steps: int) -> None:
         for average in self.averages:

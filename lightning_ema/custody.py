@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,16 +32,33 @@ class Custody:
 
     Attributes:
         steps_before: steps that the average had seen when the present trainer began; the run's length comes on top.
+        switched: how often the live weights were due to be set to the average in the present trainer; None at first.
     """
 
     def __init__(self, average: WeightAverage, evaluates: bool, recalibrates: bool) -> None:
         self.average = average
         self.steps_before = 0
+        self.switched: int | None = None
         self._evaluates = evaluates
         self._statistics = [Recalibration(average.module) for _ in average.averages] if recalibrates else []
         self._aside: dict[str, Tensor] = {}
         self._was_delivered = self._loading = False
         self._footprint: Footprint | None = None
+
+    # --- training ---------------------------------------------------------------------------------------------------
+
+    def switch(self, every: int | Literal["epoch"], epochs: int) -> None:
+        """Sets the live weights to the average where that has come due since the last call.
+
+        Args:
+            every: so many steps since the start of the average, or each epoch.
+            epochs: how many epochs have ended.
+        """
+        steps = max(0, self.average.num_steps - self.average.start_step)
+        due = epochs if every == "epoch" else steps // every
+        if self.switched is not None and due > self.switched and self.average.num_updates > 0:
+            self.average.apply()
+        self.switched = due
 
     # --- an evaluation ----------------------------------------------------------------------------------------------
 
@@ -186,6 +203,8 @@ class Custody:
         in_state_dict = self.gives_average and not self.average.schedule.corrects
         entry = pack(self.average.state_dict(), live, Survey(self.average.module).tensors, in_state_dict)
         entry["steps_before"] = self.steps_before
+        if self.switched is not None:
+            entry["switched"] = self.switched
         with suppress(ValueError):  # a schedule that does not know the run yet
             entry["decay"] = self.average.decay
         if self._statistics:
@@ -196,7 +215,7 @@ class Custody:
         """Takes up an entry, after the file's ``state_dict`` was loaded into the module."""
         state, live = unpack(entry, Survey(self.average.module).tensors)
         self.average.load_state_dict(state)
-        self.steps_before = entry.get("steps_before", 0)
+        self.steps_before, self.switched = entry.get("steps_before", 0), entry.get("switched")
         if self._statistics and "recalibrated_at" in entry:
             self._statistics[0].keep(entry["recalibrated_at"])
         write(live, self.average.module)

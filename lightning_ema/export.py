@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_ema.advice import horizon
 from lightning_ema.checkpoint import STATE_KEY_PREFIX, find, state_key
-from lightning_ema.kernels import relative_distance
+from lightning_ema.kernels import corrected, relative_distance
 from lightning_ema.selection import without_wrappers
 
 Checkpoint = str | Path | Mapping[str, Any]
@@ -83,7 +83,7 @@ def averaged_state_dict(checkpoint: Mapping[str, Any], entry: Mapping[str, Any],
         if name in stored:
             average = stored[name]
             if bias and name in origin:
-                average = average + bias * (live.get(name, value) - origin[name])
+                average = corrected(average, live.get(name, value), origin[name], bias)
             weights[key] = average.to(value.dtype)
     return weights
 

@@ -77,6 +77,11 @@ def stretches(sizes: Sequence[int]) -> list[slice]:
     return [slice(start, end) for start, end in itertools.pairwise([*cuts, len(sizes)])]
 
 
+def corrected(average: Tensor, live: Tensor, origin: Tensor, bias: float) -> Tensor:
+    """``average + bias * (live - origin)`` as a new tensor, in the dtype and on the device of the average."""
+    return torch.add(average, live.to(average.device, average.dtype) - origin, alpha=bias)
+
+
 def exchange_(first: Tensor, second: Tensor) -> None:
     """Exchanges the contents of two tensors of one shape and dtype, in place, through a small scratch tensor.
 

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ema import (
     Annealing,
+    Bema,
     Constant,
     CopyFirst,
     Cosine,
@@ -133,6 +134,11 @@ SETTINGS = {
     "interval": ({"every_n_steps": 5, "decay": Constant(0.99)}, {}),
     "delayed": ({"start_step": 7}, {}),
     "copied buffers": ({"buffers": "copy"}, {}),
+    "several": ({"decay": [0.9, Equal()]}, {}),
+    "corrected": ({"decay": Bema()}, {}),
+    "switched each epoch": ({"switch_every": "epoch"}, {}),
+    "switched at steps": ({"switch_every": 3}, {}),
+    "switched, only followed": ({"switch_every": 9, "evaluate": "live"}, {}),
     **{f"{type(s).__name__} decay": ({"decay": s}, {}) for s in SCHEDULES},
 }
 

@@ -1,0 +1,149 @@
+"""Several decays in one callback: what is evaluated, saved, resumed, logged and exported."""
+
+import copy
+import csv
+
+import pytest
+import torch
+from helpers import Regression, clones, ema, equal, fit, loader, seeded, trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_ema import Bema, Constant, EMACallback, Equal, export_average
+from lightning_ema.__main__ import main
+
+DECAYS = [0.9, Equal(), Bema()]
+
+
+def alone(decay, **kwargs):
+    callback = EMACallback(decay, **kwargs)
+    fit(seeded(), callback)
+    return clones(callback.average.named_tensors())
+
+
+def test_each_equals_the_one_kept_alone():
+    together = EMACallback(DECAYS)
+    fit(seeded(), together)
+    assert together.averages[0] is together.average
+    for decay, average in zip(DECAYS, together.averages, strict=True):
+        assert equal(average.named_tensors(), alone(decay))
+
+
+@pytest.mark.parametrize("evaluate", ["average", "live"])
+@pytest.mark.parametrize("decay", [DECAYS, [Bema(), 0.9], Bema()], ids=["first plain", "first corrected", "alone"])
+def test_a_resumed_run_ends_where_the_whole_one_does(decay, evaluate, tmp_path):
+    saving = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+    whole, again = (EMACallback(decay, evaluate=evaluate) for _ in range(2))
+    fit(seeded(), whole, saving, max_epochs=4, enable_checkpointing=True)
+    fit(seeded(), again, max_epochs=4, ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert equal(whole.average.named_live(), again.average.named_live())
+    for one, other in zip(whole.averages, again.averages, strict=True):
+        assert equal(one.named_tensors(), other.named_tensors())
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+@pytest.mark.parametrize("decay", [DECAYS, [Bema(), 0.9]], ids=["first plain", "first corrected"])
+def test_the_file_holds_what_was_scored_and_every_average_can_be_taken_out(decay, precision, tmp_path):
+    callback, module = EMACallback(decay, after_fit="live"), seeded(norm=False)
+    this = fit(module, callback, precision=precision)
+    this.save_checkpoint(tmp_path / "file.ckpt")
+    for which, average in enumerate(callback.averages):
+        out = export_average(tmp_path / "file.ckpt", tmp_path / f"{which}.pt", which=which)
+        exported = torch.load(out)
+        with average.lent():
+            assert equal(exported, module.state_dict())
+    assert equal(torch.load(tmp_path / "file.ckpt")["state_dict"], torch.load(tmp_path / "0.pt"))
+
+
+def test_a_corrected_average_that_is_only_followed_is_exported_corrected(tmp_path):
+    callback, module = EMACallback(Bema(), evaluate="live"), seeded()
+    fit(module, callback).save_checkpoint(tmp_path / "file.ckpt")
+    exported = torch.load(export_average(tmp_path / "file.ckpt", tmp_path / "out.pt"))
+    for name, value in callback.average.named_tensors():
+        torch.testing.assert_close(exported[name], value, rtol=0, atol=1e-7)
+
+
+def test_after_fit_the_module_holds_the_corrected_average():
+    callback, module = EMACallback(Bema()), seeded()
+    fit(module, callback)
+    expected = alone(Bema(), after_fit="live")
+    assert equal({name: module.state_dict()[name] for name in expected}, expected)
+
+
+def test_the_command_line_takes_any_of_them_and_names_the_range(tmp_path, capsys):
+    fit(seeded(), EMACallback([0.9, 0.99], after_fit="live")).save_checkpoint(tmp_path / "file.ckpt")
+    assert main(["export", str(tmp_path / "file.ckpt"), str(tmp_path / "out.pt"), "--which", "1"]) == 0
+    assert main(["export", str(tmp_path / "file.ckpt"), str(tmp_path / "out.pt"), "--which", "2"]) == 1
+    assert "which is 2; the checkpoint holds 2 averages under 'ema'" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "file.ckpt")]) == 0
+    assert "1 further averages stored here" in capsys.readouterr().out
+
+
+def test_a_file_of_another_number_of_decays_is_refused(tmp_path):
+    fit(seeded(), EMACallback([0.9, 0.99])).save_checkpoint(tmp_path / "file.ckpt")
+    with pytest.raises(ValueError, match=r"holds 2 averages, .* asked for are 1"):
+        fit(seeded(), EMACallback(0.99), ckpt_path=tmp_path / "file.ckpt")
+
+
+def logged(tmp_path, callback):
+    fit(seeded(), callback, logger=CSVLogger(tmp_path), log_every_n_steps=1)
+    with next(tmp_path.rglob("metrics.csv")).open() as file:
+        return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def test_the_others_are_logged_on_request(tmp_path):
+    def keys(others):
+        rows = logged(tmp_path / others, EMACallback([0.9, 0.99, Constant(0.5)], others=others))
+        return {key for row in rows for key in row if "ema" in key}
+
+    first = {"ema/decay", "ema/distance", "ema/updates"}
+    assert keys("follow") == first
+    words = ("ema_0.99", "ema_Constant_decay_0.5")
+    assert keys("log") == first | {f"{word}/{what}" for word in words for what in ("decay", "distance")}
+
+
+def test_what_is_logged_belongs_to_its_average(tmp_path):
+    callback = EMACallback([Constant(0.5), Constant(0.75)], others="log", after_fit="live")
+    last = [row for row in logged(tmp_path, callback) if "ema/decay" in row][-1]
+    first, second = callback.averages
+    assert (float(last["ema/decay"]), float(last["ema_Constant_decay_0.75/decay"])) == (0.5, 0.75)
+    assert float(last["ema/distance"]) == pytest.approx(first.distance())
+    assert float(last["ema_Constant_decay_0.75/distance"]) == pytest.approx(second.distance())
+
+
+@pytest.mark.parametrize("others", ["log", "evaluate"])
+def test_others_need_several_decays(others):
+    with pytest.raises(ValueError, match=rf"others='{others}' needs several decays, for instance decay=\[0.99, 0.999"):
+        EMACallback(0.9, others=others)
+
+
+def test_training_and_a_plain_validation_are_those_of_the_first_alone():
+    one, several = seeded(), seeded()
+    scores = []
+    for module, decay in ((one, 0.9), (several, DECAYS)):
+        this = fit(module, EMACallback(decay, after_fit="live"))
+        scores.append(this.callback_metrics["val_loss"])
+    assert equal(one.state_dict(), several.state_dict())
+    assert scores[0] == scores[1]
+
+
+def test_a_callback_of_several_can_be_copied_with_its_module():
+    callback, module = ema(decay=[0.9, 0.99]), seeded()
+    this = fit(module, callback)
+    twin_module, twin = copy.deepcopy((module, callback))
+    for one, other in zip(callback.averages, twin.averages, strict=True):
+        assert equal(one.named_tensors(), other.named_tensors())
+    assert twin.averages[1].module is twin_module
+    trainer(twin).validate(twin_module, loader(2), verbose=False)
+    assert this.callback_metrics
+
+
+class Seen(Regression):
+    def on_validation_start(self):
+        self.seen = clones(self.named_parameters())
+
+
+def test_evaluations_carry_the_first():
+    callback, module = EMACallback([Constant(0.9), Constant(0.5)], after_fit="live"), seeded(Seen)
+    fit(module, callback)
+    assert equal(module.seen, {n: t for n, t in callback.average.named_tensors() if n in module.seen})

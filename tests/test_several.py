@@ -1,0 +1,207 @@
+"""Several decays in one average, and the correction of BEMA, against reference loops of their own."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from helpers import clones, equal
+from torch import nn
+
+from lightning_ema import Bema, Constant, CopyFirst, Cosine, Equal, Power, Scaled, Then, WeightAverage
+
+DECAYS = [Constant(0.9), Equal(), Bema(kappa=0.6, eta=0.3, rho=4.0, gamma=2.0), Power(gamma=3.0)]
+
+
+def network(dtype=torch.float32):
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).to(dtype)
+
+
+def walk(net):
+    """One random step of all floating-point tensors."""
+    with torch.no_grad():
+        for tensor in net.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.add_(torch.randn(tensor.shape).to(tensor.dtype) / 4)
+
+
+def floats(net):
+    return {name: t.detach().clone().float() for name, t in net.state_dict().items() if t.is_floating_point()}
+
+
+@pytest.mark.filterwarnings("ignore:every_n_steps")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("every", "start"), [(1, 0), (3, 0), (2, 5)])
+def test_each_average_follows_its_own_decay(dtype, every, start):
+    net = network(dtype)
+    average = WeightAverage(net, DECAYS, every_n_steps=every, start_step=start)
+    expected, origin = [floats(net) for _ in DECAYS], floats(net)
+    for step in range(1, 25):
+        walk(net)
+        average.step()
+        n = step - start
+        if n <= 0:
+            expected, origin = [floats(net) for _ in DECAYS], floats(net)
+        elif n % every == 0:
+            for schedule, values in zip(DECAYS, expected, strict=True):
+                kept = 1.0
+                for m in range(n - every + 1, n + 1):
+                    kept *= schedule(m)
+                for name, live in floats(net).items():
+                    values[name] = kept * values[name] + (1 - kept) * live
+        for each, schedule, values in zip(average.averages, DECAYS, expected, strict=True):
+            bias = (4 + 2 * max(1, n // every * every)) ** -0.3 if isinstance(schedule, Bema) else 0
+            for name, value in each.named_tensors():
+                corrected = 0 if "running" in name else bias * (floats(net)[name] - origin[name])
+                want = values[name] + corrected if n > 0 else floats(net)[name]
+                torch.testing.assert_close(value.float(), want, rtol=0, atol=5e-6, msg=f"{schedule} {step} {name}")
+
+
+def test_each_is_lent_and_comes_back():
+    net = network()
+    first = WeightAverage(net, DECAYS)
+    for _ in range(9):
+        walk(net)
+        first.step()
+    live, all_of_them = clones(net.state_dict()), [clones(each.named_tensors()) for each in first.averages]
+    assert first.averages[0] is first
+    for each, values in zip(first.averages, all_of_them, strict=True):
+        for carrying in ("lent", "delivered"):
+            if carrying == "lent":
+                loan = each.lend()
+            else:
+                each.deliver()
+            assert equal({name: net.state_dict()[name] for name in values}, values)
+            for other, others in zip(first.averages, all_of_them, strict=True):
+                assert equal(other.named_tensors(), others)
+                assert equal(other.named_live(), {name: live[name] for name in others})
+                if carrying == "lent":
+                    with pytest.raises(RuntimeError, match="Loans do not nest"):
+                        other.lend()
+            loan.recall() if carrying == "lent" else each.take_back()
+            assert equal(net.state_dict(), live)
+
+
+def test_counters_are_shared_and_any_of_them_may_count():
+    net = network()
+    first, second = WeightAverage(net, [Constant(0.5), Constant(0.75)]).averages
+    with torch.no_grad():
+        for tensor in net.state_dict().values():
+            tensor.zero_()
+        first.start()
+        net[0].weight.fill_(1)
+    second.step()
+    assert first.num_steps == second.num_steps == first.num_updates == second.last_update_step == 1
+    assert dict(first.named_tensors())["0.weight"].eq(0.5).all()
+    assert dict(second.named_tensors())["0.weight"].eq(0.25).all()
+    assert second.averages == [second]
+
+
+def test_a_state_resumes_all_of_them_bit_for_bit(tmp_path):
+    net = network()
+    whole = WeightAverage(net, DECAYS, every_n_steps=1)
+    for _ in range(5):
+        walk(net)
+        whole.step()
+    torch.save(whole.state_dict(), tmp_path / "state.pt")
+    twin = copy.deepcopy(net)
+    with torch.no_grad():
+        for tensor in twin.parameters():
+            tensor.zero_()  # what the average is built on must not matter
+    again = WeightAverage(twin, DECAYS)
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    twin.load_state_dict(net.state_dict())
+    for _ in range(4):
+        walk(net)
+        twin.load_state_dict(net.state_dict())
+        whole.step()
+        again.step()
+    for one, other in zip(whole.averages, again.averages, strict=True):
+        assert equal(one.named_tensors(), other.named_tensors())
+
+
+def test_states_that_do_not_fit_are_refused():
+    net = network()
+    three = WeightAverage(net, [0.9, 0.99, 0.999])
+    with pytest.raises(ValueError, match=r"holds 3 averages, of decay=\[Warmup.*asked for are 1, of decay=Warmup"):
+        WeightAverage(net).load_state_dict(three.state_dict())
+    with pytest.raises(ValueError, match=r"0\.weight: its value at the start is not in the state"):
+        WeightAverage(net, Bema()).load_state_dict(WeightAverage(net).state_dict())
+    state = three.state_dict()
+    state["others"][1] = {**state["others"][1], "0.weight": torch.zeros(7)}
+    with pytest.raises(ValueError, match=r"0\.weight: shape \(7,\) in the state, \(4, 3\) in the module"):
+        three.load_state_dict(state)
+    state["others"][1] = {"0.weight": 3}
+    with pytest.raises(ValueError, match=r"damaged.*others\[1\]\['0.weight'\] missing or of the wrong kind"):
+        three.load_state_dict(state)
+
+
+class TestBema:
+    def test_by_hand(self):
+        net = nn.Linear(1, 1, bias=False)
+        with torch.no_grad():
+            net.weight.fill_(2.0)
+        average = WeightAverage(net, Bema(kappa=1.0, eta=2.0, rho=1.0, gamma=1.0))
+        with torch.no_grad():
+            net.weight.fill_(6.0)
+        average.step()  # decay 1 - 1/2, bias 1/4: 2 + 0.5 * 4 = 4, and 0.25 * (6 - 2) on top
+        assert dict(average.named_tensors())["weight"].item() == 5.0
+        assert average.state_dict()["average"]["weight"].item() == 4.0
+        assert average.distance() == pytest.approx(1 / 6)
+        average.apply()
+        assert net.weight.item() == 5.0
+
+    def test_a_layer_that_joins_later_starts_from_where_it_is(self):
+        net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)).requires_grad_(False)
+        net[0].requires_grad_(True)
+        average = WeightAverage(net, Bema(kappa=1.0, eta=1.0, rho=1.0, gamma=1.0))
+        average.step()
+        with torch.no_grad():
+            net[1].weight.fill_(10.0)
+        net[1].requires_grad_(True)
+        average.refresh()
+        with torch.no_grad():
+            net[1].weight.fill_(16.0)
+        average.step()  # decay 1 - 1/3, bias 1/3: 10 + 6/3 = 12, and (16 - 10) / 3 on top
+        assert dict(average.named_tensors())["1.weight"].item() == pytest.approx(14.0)
+        state = average.state_dict()
+        assert state["origin"]["1.weight"].item() == 10.0
+
+    def test_buffers_are_not_corrected(self):
+        net = network()
+        average = WeightAverage(net, [Bema(), Constant(1.0)])
+        assert set(average.state_dict()["origin"]) == dict(net.named_parameters()).keys()
+
+    @pytest.mark.parametrize("wrap", [lambda s: Then(s, 5, 0.9), lambda s: CopyFirst(s), lambda s: Scaled(s, 2)])
+    def test_it_is_no_part_of_another_schedule(self, wrap):
+        with pytest.raises(ValueError, match=r"Bema\(.*cannot be part of another schedule"):
+            wrap(Bema())
+
+    @pytest.mark.parametrize(("argument", "value"), [("kappa", 0), ("eta", -1), ("rho", 0.5), ("gamma", 0)])
+    def test_arguments_are_checked(self, argument, value):
+        with pytest.raises(ValueError, match=f"{argument} is {value}"):
+            Bema(**{argument: value})
+
+
+@pytest.mark.parametrize("decay", [[0.9, 0.99], Bema()])
+def test_a_target_holds_one_average_as_it_is(decay):
+    with pytest.raises(ValueError, match=r"into takes one average, as it is; .* Leave into out, or write one decay"):
+        WeightAverage(network(), decay, into=network())
+
+
+def test_what_the_run_knows_reaches_every_schedule():
+    from lightning_ema import Plan
+
+    average = WeightAverage(network(), [Cosine(0.5, 1.0), 0.9, Cosine(0.9, 1.0)])
+    average.bind(Plan(total_steps=40))
+    assert [each.schedule for each in average.averages][::2] == [Cosine(0.5, 1.0, 40), Cosine(0.9, 1.0, 40)]
+
+
+def test_half_precision_casts_the_live_weights_once(count_allocations):
+    net = nn.Linear(600, 600).bfloat16()
+    average = WeightAverage(net, [0.9, 0.99, 0.999])
+    average.step()
+    with count_allocations() as allocated, warnings.catch_warnings():
+        average.step()
+    assert allocated.total <= 4 * 2**18
