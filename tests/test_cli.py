@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,25 @@ from helpers import Regression, loader
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_ema import Constant, Cosine, Then
+import lightning_ema
+from lightning_ema import (
+    Annealing,
+    Bema,
+    Constant,
+    CopyFirst,
+    Cosine,
+    Debiased,
+    Equal,
+    ExponentialAnnealing,
+    HalfLife,
+    InversePower,
+    Power,
+    Ramp,
+    Scaled,
+    Schedule,
+    Then,
+    Warmup,
+)
 
 HERE = Path(__file__).parent
 
@@ -65,6 +84,41 @@ def test_a_yaml_file_with_a_schedule_trains(tmp_path):
     assert callback.settings.decay == Cosine(0.5, 1.0)
     assert callback.average.schedule == Cosine(0.5, 1.0, total_steps=12)
     assert callback.average.num_updates == 12
+
+
+def as_yaml(value):
+    if not isinstance(value, Schedule):
+        return value
+    given = {field.name: as_yaml(getattr(value, field.name)) for field in fields(value)}
+    return {"class_path": f"lightning_ema.{type(value).__name__}", "init_args": given}
+
+
+def test_every_schedule_comes_out_of_yaml(tmp_path):
+    schedules = [
+        Annealing(0.99, gamma=10),
+        Bema(eta=0.3),
+        Constant(0.9),
+        CopyFirst(Equal()),
+        Cosine(0.5, 1.0, total_steps=10),
+        Debiased(0.9),
+        Equal(),
+        ExponentialAnnealing(0.99, gamma=10, offset=1),
+        HalfLife(epochs=2),
+        InversePower(0.99, power=0.75),
+        Power(sigma_rel=0.1),
+        Ramp(0.99, tau=10),
+        Scaled(Warmup(0.99), batch_factor=2),
+        Then(0.5, at=3, second=Then(Constant(0.9), at=2, second=Equal())),
+        Warmup(0.9, offset=3),
+    ]
+    public = {name for name in lightning_ema.__all__ if _is_schedule(getattr(lightning_ema, name))}
+    assert {type(schedule).__name__ for schedule in schedules} == public - {"Schedule"}
+    made = cli(config(tmp_path, decay=[0.999, *map(as_yaml, schedules)]), run=False)
+    assert list(callback_of(made).settings.decays) == [Warmup(0.999), *schedules]
+
+
+def _is_schedule(named):
+    return isinstance(named, type) and issubclass(named, Schedule)
 
 
 def test_every_argument_can_be_written_in_yaml(tmp_path):
