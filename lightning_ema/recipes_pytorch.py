@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 
 from lightning_ema.checks import check_count, check_flag
 from lightning_ema.compositions import Equal, Power, Shifted, Then
@@ -40,7 +41,8 @@ def timm_v3(
     0.75
     """
     share(decay, "timm_v3: decay")
-    share(min_decay, "timm_v3: min_decay")
+    if share(min_decay, "timm_v3: min_decay") > decay and use_warmup:
+        raise ValueError(f"timm_v3: min_decay {min_decay} is above decay {decay}; swap them.")
     check_count(update_after_step, "timm_v3: update_after_step", at_least=0)
     check_flag(use_warmup, "timm_v3: use_warmup")
     check_flag(exclude_buffers, "timm_v3: exclude_buffers")
@@ -286,7 +288,12 @@ def _warmup_from(lowest: float, decay: float) -> Schedule:
         return Constant(decay)
     # the steps before the warm-up passes the lowest decay
     below = math.ceil((10 * lowest - 1) / (1 - lowest)) - 1
-    return Then(lowest, below, Shifted(Warmup(decay), below)) if below >= 1 else Warmup(decay)
+    if below < 1:
+        return Warmup(decay)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a floor so low that it looks like a momentum
+        floor = Constant(lowest)
+    return Then(floor, below, Shifted(Warmup(decay), below))
 
 
 def _batches(time: str, argument: str, at_least: int) -> int:
