@@ -63,7 +63,7 @@ def ema_pytorch(
     power: float = 2 / 3,
     min_value: float = 0.0,
 ) -> Recipe:
-    """ema_pytorch's ``EMA``: ``d = clamp(1 - (1 + e / inv_gamma) ** -power, min_value, beta)``.
+    """ema_pytorch's ``EMA`` (0.8): ``d = clamp(1 - (1 + e / inv_gamma) ** -power, min_value, beta)``.
 
     There ``e = n - 1 - update_after_step``. It acts at the calls ``n = 1, 1 + update_every, 1 + 2 * update_every,
     ...``: while ``e <= 0`` it copies, after that it averages. So the average starts at the last of the copying calls.

@@ -339,7 +339,7 @@ def _capped_product(after: int, upto: int, begin: float, gap: float, decay: floa
     ``(begin + after + j) / (begin + upto + j)`` with ``j = 1 .. gap``; fewer steps than that are multiplied one by one.
     """
     crossing = decay * gap / (1 - decay) - begin if decay < 1 else math.inf
-    ramp_end = min(upto, max(after, math.ceil(crossing))) if crossing < upto else upto
+    ramp_end = max(after, math.floor(crossing)) if crossing < upto else upto
     if gap == int(gap) and gap < ramp_end - after:
         ramp = math.prod((begin + after + j) / (begin + ramp_end + j) for j in range(1, int(gap) + 1))
     else:

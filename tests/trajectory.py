@@ -66,13 +66,14 @@ class Reference:
         return self.average
 
 
-def assert_follows(system, recipe, compare_from=1):
+def assert_follows(system, recipe, compare_from=1, make=net, walk=walk):
     """Goes through at least 40 compared states with ``system`` and with ``WeightAverage(**recipe)``.
 
     ``system`` has ``begin(module)``, ``update(module)`` and ``tensors()``: by name what its average holds now. The
-    average is read as evaluations see it, off the module that carries it.
+    average is read as evaluations see it, off the module that carries it. ``make`` and ``walk`` give the module and its
+    states.
     """
-    module = net()
+    module = make()
     system.begin(module)
     average = WeightAverage(module, **recipe)
     apart = 0.0
