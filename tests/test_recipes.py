@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -10,13 +11,11 @@ from helpers import BATCHES, Regression, clones, fit, seeded
 from lightning.pytorch import Callback
 from trajectory import Reference, assert_follows
 
+import lightning_ema
 from lightning_ema import Constant, EMACallback, WeightAverage, recipes
+from lightning_ema.recipes_openmmlab import LinearMomentum
 
-pytestmark = [
-    pytest.mark.filterwarnings("error"),
-    pytest.mark.filterwarnings("ignore:every_n_steps"),  # followed systems count decays by updates
-    pytest.mark.filterwarnings("ignore:.*(does not have many workers|isinstance|LeafSpec|_pytree)"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:every_n_steps")  # followed systems count decays by updates
 
 
 def mmengine(rate, interval=1, begin_iter=0):
@@ -214,6 +213,8 @@ FOLLOWED = {  # recipe, rate of the n-th call, whether float buffers are average
 }
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("ignore:every_n_steps")
 @pytest.mark.parametrize("case", FOLLOWED)
 def test_a_recipe_goes_through_the_averages_of_its_system(case):
     recipe, rate, buffers = FOLLOWED[case]
@@ -278,6 +279,47 @@ def test_a_parameter_unfrozen_later_has_the_average_of_a_system_that_averaged_it
                 torch.testing.assert_close(module.state_dict()[name].double(), tensor, rtol=0, atol=5e-6)
 
 
+def assert_follows_one_number(recipe, rate, compare_from=1, states=40):
+    """As ``assert_follows`` on one number in float64: quick enough for every combination of start and interval."""
+    module = torch.nn.Module()
+    module.number = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
+    average, reference = WeightAverage(module, **recipe), 0.0
+    for n in range(1, states + 1):
+        live = math.sin(1.7 * n) + 0.1 * n
+        with torch.no_grad():
+            module.number.fill_(live)
+        average.step()
+        if rate(n) is not None:
+            reference += rate(n) * (live - reference)
+        if n >= compare_from:
+            assert dict(average.named_tensors())["number"].item() == pytest.approx(reference, abs=1e-12), n
+
+
+@pytest.mark.parametrize("every", range(1, 8))
+def test_every_combination_of_start_and_interval(every):
+    for start in range(0, 13):
+        swa = mmengine(lambda s: 1 / (s // every + 1), every, start)
+        assert_follows_one_number(recipes.mmengine_swa(every, begin_iter=start), swa)
+        ours = recipes.lightning_ema_weight_averaging(True, 0.9, every, start)
+        assert_follows_one_number(ours, lightning(0.9, every, start))
+        last_copy = start // every * every + 1
+        ours = recipes.ema_pytorch(0.9, start, every, min_value=0.2)
+        assert_follows_one_number(ours, pytorch_ema(0.9, start, every, min_value=0.2), last_copy)
+        if start % every == 0 and (start > 0 or every == 1):
+            ours = recipes.composer("9ba", None, f"{start}ba", f"{every}ba")
+            assert_follows_one_number(ours, composer(2 ** (-every / 9), every, start))
+
+
+@pytest.mark.parametrize("decay", [0.7, 0.999])
+def test_diffusers_floor_at_every_height(decay):
+    for height in range(0, 1000, 7):
+        low = min(height / 1000, decay)
+        rate, schedule = diffusers(decay, low), recipes.diffusers(decay, low)["decay"]
+        for n in (1, 2, 3, 5, 8, 9, 10, 17, 40, 90, 300, 5000):
+            assert schedule(n) == pytest.approx(1 - rate(n + 1), abs=1e-12)
+            assert schedule.product(n - 1, n + 1) == pytest.approx(schedule(n) * schedule(n + 1), abs=1e-12)
+
+
 class Watch(Callback):
     """What an average should be, from the live weights after each batch."""
 
@@ -303,6 +345,25 @@ def test_mmpretrain_cosine_takes_the_length_of_the_whole_run(begin_iter):
     averages = dict(callback.average.named_tensors())
     for name, tensor in watch.reference.tensors().items():
         torch.testing.assert_close(averages[name].double(), tensor, rtol=0, atol=5e-6)
+
+
+def test_mmpretrain_cosine_of_a_resumed_run_is_that_of_the_whole_run(tmp_path):
+    recipe = recipes.mmpretrain_cosine(momentum=0.5, end_momentum=0.1)
+    whole, first, resumed = (EMACallback(**recipe) for _ in range(3))
+    fit(seeded(), whole, max_epochs=4)
+    fit(seeded(), first, max_epochs=4, max_steps=BATCHES).save_checkpoint(tmp_path / "half.ckpt")
+    fit(seeded(), resumed, max_epochs=4, ckpt_path=tmp_path / "half.ckpt")
+    assert resumed.average.schedule == whole.average.schedule
+    last = 4 * BATCHES - 1
+    assert resumed.average.schedule(last) == pytest.approx(1 - cosine(0.5, 0.1, 4 * BATCHES)(last), abs=1e-12)
+
+
+@pytest.mark.parametrize("case", FOLLOWED)
+def test_recipes_are_plain_values(case):
+    recipe, _, _ = FOLLOWED[case]
+    assert pickle.loads(pickle.dumps(recipe)) == recipe
+    names = {name: getattr(lightning_ema, name) for name in lightning_ema.__all__} | {"LinearMomentum": LinearMomentum}
+    assert eval(repr(recipe), names) == recipe
 
 
 @pytest.mark.parametrize("name", [name for name in recipes.__all__ if name != "Recipe"])
