@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-oldest lint bench clean
+.PHONY: help setup demo test test-oldest test-peers lint bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -37,6 +37,17 @@ $(OLDEST)/ready: pyproject.toml constraints.txt constraints-oldest.txt
 	@$(PYTHON) -m venv $(OLDEST)
 	@$(OLDEST)/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt torch
 	@$(OLDEST)/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[test]"
+	@touch $@
+
+# without their dependencies: these would bring torchvision, opencv and another torch
+PEERS := diffusers ema-pytorch mmengine timm torch-ema
+PEERS_IMPORT := addict huggingface_hub importlib_metadata regex requests rich termcolor yapf
+test-peers: $(VENV)/peers  ## run the recipes against the systems that they follow (mmengine, timm, diffusers, ...)
+	@REQUIRE_PEERS=1 $(BIN)/python -m pytest -q tests/parity
+
+$(VENV)/peers: $(VENV)/ready
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(PEERS_IMPORT)
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps $(PEERS)
 	@touch $@
 
 bench: setup  ## print the cost of an update and of the callback, as ratios

@@ -1,8 +1,9 @@
 """Weight averaging for PyTorch Lightning."""
 
+from lightning_ema import recipes
 from lightning_ema.average import WeightAverage
 from lightning_ema.callback import EMACallback
-from lightning_ema.compositions import Bema, CopyFirst, Debiased, Equal, Power, Scaled, Then
+from lightning_ema.compositions import Bema, CopyFirst, Debiased, Equal, Power, Scaled, Shifted, Then
 from lightning_ema.export import export_average
 from lightning_ema.loan import Loan
 from lightning_ema.schedules import (
@@ -38,8 +39,10 @@ __all__ = [
     "Ramp",
     "Scaled",
     "Schedule",
+    "Shifted",
     "Then",
     "Warmup",
     "WeightAverage",
     "export_average",
+    "recipes",
 ]

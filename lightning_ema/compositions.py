@@ -15,7 +15,8 @@ class Power(Schedule):
     """``d(n) = (1 - 1 / n) ** (gamma + 1)``: the power-function average, whose profile grows as ``n ** gamma``.
 
     ``sigma_rel``, the width of the profile relative to the run, determines ``gamma`` as the largest root of
-    ``(gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)) = sigma_rel ** 2``. Give exactly one of the two.
+    ``(gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)) = sigma_rel ** 2``. Give exactly one of the two. Mean age:
+    ``n / (gamma + 2) - 1 / 2``, but for a term that falls as ``1 / n``.
     Source: Karras et al. 2024, arXiv 2312.02696.
 
     >>> round(Power(sigma_rel=0.1).exponent, 3), Power(gamma=1.0)(2), Power(gamma=1.0).product(0, 5)
@@ -57,6 +58,8 @@ class Power(Schedule):
 class Equal(Schedule):
     """``d(n) = 1 - 1 / n``: the plain mean of all states since ``start_step``. Source: SWA, arXiv 1803.05407.
 
+    Updated every ``k`` steps it is the mean of the states that it saw. Mean age: ``(n - 1) / 2``.
+
     >>> Equal()(1), Equal()(4), Equal().product(2, 4)
     (0.0, 0.75, 0.5)
     """
@@ -72,8 +75,8 @@ class Equal(Schedule):
 class Debiased(Schedule):
     """``d(n) = decay * (1 - decay ** (n - 1)) / (1 - decay ** n)``: a mean at first, then an average of ``decay``.
 
-    It is the zero-started average divided by ``1 - decay ** n``, so the state before the first step has no weight.
-    Sources: optax ``ema(debias=True)``, audiocraft.
+    It is the zero-started average divided by ``1 - decay ** n``, so the state before the first step has no weight. Mean
+    age: ``decay / (1 - decay) - n * decay ** n / (1 - decay ** n)``. Sources: optax ``ema(debias=True)``, audiocraft.
 
     >>> Debiased(0.5)(1), Debiased(0.5)(2)
     (0.0, 0.3333333333333333)
@@ -104,7 +107,8 @@ class Debiased(Schedule):
 class CopyFirst(Schedule):
     """``d(1) = 0``, then ``d(n) = schedule(n - 1)``: the first step copies, the schedule begins after it.
 
-    Sources: torch's ``AveragedModel`` and mmengine, whose first call copies.
+    Mean age: that of ``schedule`` one step earlier. Sources: torch's ``AveragedModel`` and mmengine, whose first call
+    copies.
 
     >>> CopyFirst(0.9)(1), CopyFirst(0.9)(2)
     (0.0, 0.9)
@@ -135,7 +139,8 @@ class CopyFirst(Schedule):
 class Then(Schedule):
     """``d(n) = first(n)`` for ``n <= at``, then ``second(n - at)``: the second counts its own steps from 1.
 
-    Source: Mean Teacher (arXiv 1703.01780): ``Then(0.99, at=ramp_up, second=0.999)``.
+    Mean age: once what came before is forgotten, that of ``second`` alone. Source: Mean Teacher (arXiv 1703.01780),
+    ``Then(0.99, at=ramp_up, second=0.999)``.
 
     >>> schedule = Then(0.99, at=100, second=0.999)
     >>> schedule(100), schedule(101)
@@ -167,9 +172,43 @@ class Then(Schedule):
 
 
 @dataclass(frozen=True)
+class Shifted(Schedule):
+    """``d(n) = schedule(n + by)``: goes on with a schedule of which ``by`` steps are over already.
+
+    Take it where an average from elsewhere is gone on from. The end of the run stays where it is. Source: the
+    ``updates`` argument of YOLO's ``ModelEMA``.
+
+    >>> Shifted(Equal(), by=3)(1), Equal()(4)
+    (0.75, 0.75)
+    """
+
+    schedule: Schedule | float
+    by: int
+
+    def __post_init__(self) -> None:
+        check_count(self.by, "Shifted: by", at_least=0)
+        _inner(self.schedule)
+
+    def __call__(self, n: int) -> float:
+        return _inner(self.schedule)(n + self.by)
+
+    def product(self, after: int, upto: int) -> float:
+        return _inner(self.schedule).product(after + self.by, upto + self.by)
+
+    def bind(self, plan: Plan) -> Schedule:
+        return replace(self, schedule=_bound(self.schedule, plan.after(-self.by)))
+
+    @property
+    def limit(self) -> float:
+        return _inner(self.schedule).limit
+
+
+@dataclass(frozen=True)
 class Scaled(Schedule):
     """``d(n) = schedule(n) ** batch_factor``: the same horizon in samples when the batch is ``batch_factor`` times.
 
+    Mean age: about that of ``schedule`` divided by ``batch_factor``; of a constant ``decay``, once the start is
+    forgotten, ``decay ** k / (1 - decay ** k)`` with ``k = batch_factor``.
     Source: the EMA scaling rule, Busbridge et al. 2023, arXiv 2307.13813.
 
     >>> round(Scaled(0.999, batch_factor=4)(1), 6)

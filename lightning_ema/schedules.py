@@ -4,7 +4,9 @@ Notation, used in every formula below:
 
 * ``n``: the step, counted from 1 at the first step after ``start_step``;
 * ``d(n)``: the decay of step ``n``, in [0, 1]: ``average = d(n) * average + (1 - d(n)) * live``;
-* ``1 / (1 - d)``: the horizon, the number of steps over which the average reaches back.
+* ``1 / (1 - d)``: the horizon, the number of steps over which the average reaches back;
+* the mean age: how many steps old the states in the average are, weighted as they are in it. The live weights of
+  step ``n`` have the age 0, those before the first step the age ``n``. It obeys ``A(n) = d(n) * (A(n - 1) + 1)``.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from lightning_ema.checks import check_decay, check_positive, check_share
+from lightning_ema.checks import check_count, check_decay, check_positive, check_share
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class Schedule(ABC):
 class Constant(Schedule):
     """``d(n) = decay``: the bare exponential moving average.
 
-    It remembers its starting point with weight ``decay ** n``; :class:`Warmup` does not.
+    It remembers its starting point with weight ``decay ** n``; :class:`Warmup` does not. Mean age, once that is
+    forgotten: ``decay / (1 - decay)``.
 
     >>> Constant(0.9)(1), round(Constant(0.9).product(0, 2), 2)
     (0.9, 0.81)
@@ -99,7 +102,9 @@ class Warmup(Schedule):
     """``d(n) = min(decay, (1 + n) / (offset + n))``: what a plain number means.
 
     The horizon grows with the run, about n / 9 steps at the default offset, until it reaches that of ``decay``, so
-    that the random initial weights are forgotten. Source: TensorFlow's ``ExponentialMovingAverage(num_updates=...)``.
+    that the random initial weights are forgotten. Mean age: ``(n + 1) / offset`` while it grows, but for what is left
+    of the initial weights, ``decay / (1 - decay)`` long after. Source: TensorFlow's
+    ``ExponentialMovingAverage(num_updates=...)``.
 
     >>> [round(Warmup(0.9)(n), 3) for n in (1, 10, 80, 1000)]
     [0.182, 0.55, 0.9, 0.9]
@@ -118,11 +123,7 @@ class Warmup(Schedule):
         return min(self.decay, (1 + n) / (self.offset + n))
 
     def product(self, after: int, upto: int) -> float:
-        if self(upto) < self.decay:
-            return super().product(after, upto)
-        crossing = (self.decay * self.offset - 1) / (1 - self.decay) if self.decay < 1 else math.inf
-        ramp_end = min(upto, max(after, math.ceil(crossing)))
-        return super().product(after, ramp_end) * self.decay ** (upto - ramp_end)
+        return _capped_product(after, upto, begin=1, gap=self.offset - 1, decay=self.decay)
 
     @property
     def limit(self) -> float:
@@ -133,7 +134,8 @@ class Warmup(Schedule):
 class HalfLife(Schedule):
     """``d(n) = 2 ** (-1 / h)``: after ``h`` steps half of the old average is left.
 
-    Give exactly one of ``steps``, ``epochs`` and ``samples``; the last two need a run to be turned into steps.
+    Give exactly one of ``steps``, ``epochs`` and ``samples``; the last two need a run to be turned into steps. Mean
+    age, once the start is forgotten: ``1 / (2 ** (1 / h) - 1)``, about ``h / ln 2 - 1 / 2``.
     Source: composer's and EDM2's half-lives.
 
     >>> round(HalfLife(steps=100).product(0, 100), 12)
@@ -180,6 +182,8 @@ class HalfLife(Schedule):
 class Ramp(Schedule):
     """``d(n) = decay * (1 - exp(-n / tau))``. Source: the ``ModelEMA`` of the YOLO family (0.9999, 2000).
 
+    Mean age, long after ``tau`` and the horizon of ``decay``: ``decay / (1 - decay)``.
+
     >>> round(Ramp(0.9999, tau=2000)(2000), 4)
     0.6321
     """
@@ -203,6 +207,8 @@ class Ramp(Schedule):
 class Annealing(Schedule):
     """``d(n) = min(decay, n / (gamma + n))``. Source: mmengine's ``MomentumAnnealingEMA``.
 
+    Mean age: ``n / (gamma + 1)`` until it reaches ``decay``, ``decay / (1 - decay)`` long after.
+
     >>> Annealing(0.9998, gamma=100)(100)
     0.5
     """
@@ -217,6 +223,9 @@ class Annealing(Schedule):
     def __call__(self, n: int) -> float:
         return min(self.decay, n / (self.gamma + n))
 
+    def product(self, after: int, upto: int) -> float:
+        return _capped_product(after, upto, begin=0, gap=self.gamma, decay=self.decay)
+
     @property
     def limit(self) -> float:
         return self.decay
@@ -227,7 +236,8 @@ class ExponentialAnnealing(Schedule):
     """``d(n) = decay * (1 - exp(-(n + offset) / gamma))``, a :class:`Ramp` that begins ``offset`` steps in.
 
     Sources: mmdetection's ``ExpMomentumEMA`` (``offset=1``) and ``ExpMomentumEMAHook`` (``offset=0``); in their words
-    the rate is ``(1 - momentum) * exp(-(n + offset) / gamma) + momentum`` with ``momentum = 1 - decay``.
+    the rate is ``(1 - momentum) * exp(-(n + offset) / gamma) + momentum`` with ``momentum = 1 - decay``. Mean age, long
+    after ``gamma`` and the horizon of ``decay``: ``decay / (1 - decay)``.
 
     >>> round(ExponentialAnnealing(0.9998, gamma=2000, offset=1)(1999), 4)
     0.632
@@ -253,9 +263,11 @@ class ExponentialAnnealing(Schedule):
 
 @dataclass(frozen=True)
 class Cosine(Schedule):
-    """``d(n) = end - (end - start) * (cos(pi * min(n, K) / K) + 1) / 2`` with ``K = total_steps``.
+    """``d(n) = end - (end - start) * (cos(pi * min(n, K) / K) + 1) / 2`` with ``K = total_steps + extra_steps``.
 
-    ``total_steps=None`` takes the length of the run from the Trainer. Source: BYOL (0.996 to 1), DINO, MoCo v3.
+    ``total_steps=None`` takes the steps from ``start_step`` to the end of the run from the Trainer; ``extra_steps``
+    lets the cosine end that much later than the run. Mean age, long after ``K``: ``end / (1 - end)``, where ``end`` is
+    below 1. Source: BYOL (0.996 to 1), DINO, MoCo v3.
 
     >>> [round(Cosine(0.9, 1.0, total_steps=10)(n), 3) for n in (5, 10, 99)]
     [0.95, 1.0, 1.0]
@@ -264,12 +276,14 @@ class Cosine(Schedule):
     start: float
     end: float
     total_steps: int | None = None
+    extra_steps: int = 0
 
     def __post_init__(self) -> None:
         check_share(self.start, "start", self)
         check_share(self.end, "end", self)
         if self.total_steps is not None:
             check_positive(self.total_steps, "total_steps", self)
+        check_count(self.extra_steps, "Cosine: extra_steps", at_least=0)
 
     def __call__(self, n: int) -> float:
         if self.total_steps is None:
@@ -277,7 +291,8 @@ class Cosine(Schedule):
                 f"{self!r} does not know the length of the run. Write Cosine({self.start}, {self.end}, "
                 "total_steps=...), or use it in EMACallback, which fills that in."
             )
-        cosine = math.cos(math.pi * min(n, self.total_steps) / self.total_steps)
+        period = self.total_steps + self.extra_steps
+        cosine = math.cos(math.pi * min(n, period) / period)
         return self.end - (self.end - self.start) * (cosine + 1) / 2
 
     def bind(self, plan: Plan) -> Schedule:
@@ -294,8 +309,10 @@ class Cosine(Schedule):
 class InversePower(Schedule):
     """``d(n) = clamp(1 - (1 + n / inv_gamma) ** -power, min_decay, decay)``.
 
-    Sources: Katherine Crowson's warm-up, in timm's ``ModelEmaV3``, diffusers and ema_pytorch. ``decay=1, power=1`` is
-    equal weights, one for every ``inv_gamma`` steps.
+    ``decay=1, power=1`` is equal weights, one for every ``inv_gamma`` steps. Mean age within the limits:
+    ``n / (inv_gamma + 1)`` for a power of 1, asymptotically ``(n / inv_gamma) ** power`` for a smaller one; with a
+    larger one the start is never forgotten. Sources: Katherine Crowson's warm-up, in timm's ``ModelEmaV3``, diffusers
+    and ema_pytorch.
 
     >>> InversePower(0.9999, power=1.0)(3)
     0.75
@@ -321,6 +338,21 @@ class InversePower(Schedule):
     @property
     def limit(self) -> float:
         return self.decay
+
+
+def _capped_product(after: int, upto: int, begin: float, gap: float, decay: float) -> float:
+    """The product of ``min(decay, (begin + m) / (begin + gap + m))`` over ``m = after + 1 .. upto``.
+
+    Below ``decay``, and for a whole ``gap``, it telescopes into the ``gap`` factors
+    ``(begin + after + j) / (begin + upto + j)`` with ``j = 1 .. gap``; fewer steps than that are multiplied one by one.
+    """
+    crossing = decay * gap / (1 - decay) - begin if decay < 1 else math.inf
+    ramp_end = max(after, math.floor(crossing)) if crossing < upto else upto
+    if gap == int(gap) and gap < ramp_end - after:
+        ramp = math.prod((begin + after + j) / (begin + ramp_end + j) for j in range(1, int(gap) + 1))
+    else:
+        ramp = math.prod((begin + m) / (begin + gap + m) for m in range(after + 1, ramp_end + 1))
+    return ramp * math.pow(decay, upto - ramp_end)
 
 
 def _known(value: float | None, what: str, schedule: Schedule) -> float:

@@ -18,7 +18,9 @@ LAYERS = [
     {"average"},
     {"checkpoint", "trainer_facts", "module_hook", "training_batches"},
     {"custody", "export"},
-    {"callback"},
+    {"callback", "recipe"},
+    {"recipes_openmmlab", "recipes_pytorch", "recipes_yolo"},
+    {"recipes"},
     {"__init__", "__main__"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
@@ -28,6 +30,7 @@ ALLOWED_OUTSIDE = {
     "schedules": set(),
     "compositions": set(),
     "advice": set(),
+    **{name: set() for name in ("recipe", "recipes_openmmlab", "recipes_pytorch", "recipes_yolo", "recipes")},
     "checkpoint": {"torch"},
     **{name: {"lightning", "torch"} for name in ("callback", "module_hook", "training_batches")},
     "trainer_facts": {"lightning", "pytorch_lightning"},

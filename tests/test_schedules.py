@@ -5,7 +5,10 @@ import pickle
 import warnings
 from fractions import Fraction
 
+import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from lightning_ema import (
     Annealing,
@@ -22,8 +25,10 @@ from lightning_ema import (
     Ramp,
     Scaled,
     Schedule,
+    Shifted,
     Then,
     Warmup,
+    WeightAverage,
 )
 
 STEPS = (1, 2, 3, 7, 50, 99, 100, 101, 1000, 123_456, 10_000_000)
@@ -64,6 +69,11 @@ FORMULAS = {
     "copy, then annealing": (CopyFirst(Annealing(0.99, 10)), lambda n: 1 - max(0.01, 10 / (10 + n - 1))),
     "mean teacher": (Then(0.99, at=100, second=0.999), lambda n: 0.99 if n <= 100 else 0.999),
     "then counts anew": (Then(0.5, at=3, second=Equal()), lambda n: 0.5 if n <= 3 else 1 - 1 / (n - 3)),
+    "goes on": (Shifted(Ramp(0.9999, tau=2000), by=500), lambda n: 0.9999 * (1 - math.exp(-(n + 500) / 2000))),
+    "longer than the run": (
+        Cosine(0.996, 1.0, total_steps=100, extra_steps=5),
+        lambda n: 1 - (1 - 0.996) * (math.cos(math.pi * min(n, 105) / 105) + 1) / 2,
+    ),
     "batch of four": (Scaled(Warmup(0.99), 4), lambda n: min(0.99, (1 + n) / (10 + n)) ** 4),
 }
 
@@ -100,6 +110,178 @@ def test_schedules_are_plain_values(case):
     assert hash(schedule) == hash(eval(repr(schedule)))
 
 
+def test_every_schedule_is_among_the_formulas():
+    """Those that :mod:`lightning_ema` exports; users' own and test doubles aside."""
+    exported = {kind for kind in Schedule.__subclasses__() if kind.__module__.startswith("lightning_ema.")}
+    exported = {kind for kind in exported if not kind.__module__.startswith("lightning_ema.recipe")}
+    assert {type(schedule) for schedule, _ in FORMULAS.values()} == exported
+
+
+TEN_MILLION = 10_000_000
+SHORT = [(TEN_MILLION - 1, TEN_MILLION), (TEN_MILLION - 7, TEN_MILLION), (TEN_MILLION - 1000, TEN_MILLION)]
+LONG = [(5_000_000, TEN_MILLION), (9_000_000, TEN_MILLION - 1), (123, 1_000_000), (1, 2_000)]
+
+
+def log_debiased(decay):
+    """log of decay * (1 - decay^(n-1)) / (1 - decay^n), free of cancellation."""
+    log = math.log(decay)
+    return lambda n: log + np.log1p(-np.exp((n - 1) * log) * -math.expm1(log) / -np.expm1(n * log))
+
+
+LOGARITHMS = {  # of the decays of closed-form products, accurate where the decay is near 1
+    "constant": (Constant(0.9999), lambda n: np.full(len(n), math.log(0.9999))),
+    "half-life": (HalfLife(steps=12_345), lambda n: np.full(len(n), -math.log(2) / 12_345)),
+    "warm-up that never ends": (Warmup(1.0), lambda n: np.log1p(-9 / (10 + n))),
+    "warm-up that ends within": (  # at 8,999,990
+        Warmup(0.999999),
+        lambda n: np.minimum(np.log1p(-9 / (10 + n)), math.log(0.999999)),
+    ),
+    "warm-up, another offset": (Warmup(1.0, offset=300), lambda n: np.log1p(-299 / (300 + n))),
+    "annealing that never ends": (Annealing(1.0, gamma=100), lambda n: np.log1p(-100 / (100 + n))),
+    "annealing that ends within": (  # at 9,499,905
+        Annealing(1 - 1e-5, gamma=95),
+        lambda n: np.minimum(np.log1p(-95 / (95 + n)), math.log(1 - 1e-5)),
+    ),
+    "power": (Power(gamma=6.94), lambda n: 7.94 * np.log1p(-1 / n)),
+    "equal": (Equal(), lambda n: np.log1p(-1 / n)),
+    "debiased": (Debiased(0.9999), log_debiased(0.9999)),
+    "debiased, barely below 1": (Debiased(1 - 1e-8), log_debiased(1 - 1e-8)),
+    "copy, then equal": (CopyFirst(Equal()), lambda n: np.log1p(-1 / (n - 1))),
+    "then": (
+        Then(0.99999, at=9_500_000, second=HalfLife(steps=1000)),
+        lambda n: np.where(n <= 9_500_000, math.log(0.99999), -math.log(2) / 1000),
+    ),
+    "scaled": (Scaled(Equal(), 2.5), lambda n: 2.5 * np.log1p(-1 / n)),
+    "shifted": (Shifted(Warmup(1.0), by=77), lambda n: np.log1p(-9 / (87 + n))),
+}
+
+
+@pytest.mark.parametrize(("after", "upto"), SHORT + LONG)
+@pytest.mark.parametrize("case", LOGARITHMS)
+def test_interval_products_up_to_ten_million_steps(case, after, upto):
+    schedule, logarithm = LOGARITHMS[case]
+    if case == "copy, then equal" and after == 1:
+        after = 2  # the logarithm of a copy is minus infinity
+    steps = np.arange(after + 1, upto + 1, dtype=np.float64)
+    explicit = math.exp(float(np.sum(logarithm(steps), dtype=np.longdouble)))
+    assert schedule.product(after, upto) == pytest.approx(explicit, rel=1e-12, abs=0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "decay"),
+    [
+        (Warmup(1.0), lambda n: Fraction(1 + n, 10 + n)),
+        (Warmup(1.0, offset=1), lambda n: Fraction(1)),
+        (Warmup(1.0, offset=10.5), lambda n: Fraction(2 + 2 * n, 21 + 2 * n)),
+        (Annealing(1.0, gamma=100), lambda n: Fraction(n, 100 + n)),
+        (Annealing(1.0, gamma=2.5), lambda n: Fraction(2 * n, 5 + 2 * n)),
+        (Equal(), lambda n: Fraction(n - 1, n)),
+        (Power(gamma=2.0), lambda n: Fraction(n - 1, n) ** 3),
+    ],
+)
+@pytest.mark.parametrize(("after", "upto"), [(1, 2), (1, 9), (1, 12), (3, 150), (TEN_MILLION - 400, TEN_MILLION)])
+def test_interval_products_against_exact_fractions(schedule, decay, after, upto):
+    exact = math.prod((decay(n) for n in range(after + 1, upto + 1)), start=Fraction(1))
+    assert schedule.product(after, upto) == pytest.approx(float(exact), rel=1e-12, abs=0)
+
+
+def test_long_intervals_of_a_warm_up_take_no_longer_than_short_ones():
+    """Ten million factors one by one would take seconds; the closed form reads no single decay."""
+
+    class Counting(Warmup):
+        calls = 0
+
+        def __call__(self, n):
+            type(self).calls += 1
+            return super().__call__(n)
+
+    assert 0 < Counting(0.9999999).product(0, TEN_MILLION) < 1e-50
+    assert Counting.calls == 0
+
+
+STEPS_SEEN = 120
+
+
+def profile(schedule, dtype):
+    """The weight of each state in the average: state k is one-hot at k, and state 0 the one before the first step."""
+    module = nn.Module()
+    module.state = nn.Parameter(torch.zeros(STEPS_SEEN + 1, dtype=dtype))
+    with torch.no_grad():
+        module.state[0] = 1
+    average = WeightAverage(module, schedule)
+    for k in range(1, STEPS_SEEN + 1):
+        with torch.no_grad():
+            module.state.zero_()[k] = 1
+        average.step()
+    return dict(average.named_tensors())["state"].double().numpy()
+
+
+@pytest.mark.parametrize("case", FORMULAS)
+def test_weights_sum_to_one(case):
+    schedule, formula = FORMULAS[case]
+    weights = profile(schedule, torch.float32)
+    assert weights.sum() == pytest.approx(1, abs=1e-6)
+    assert weights.min() >= 0
+    if schedule(1) == 0:  # it starts from the first state
+        assert weights[0] == 0
+        assert weights[1:].sum() == pytest.approx(1, abs=1e-6)
+    kept = np.cumprod([formula(n) for n in range(STEPS_SEEN, 0, -1)])[::-1]  # by steps n .. the last
+    explicit = [(1 - formula(k)) * (kept[k] if k < STEPS_SEEN else 1) for k in range(1, STEPS_SEEN + 1)]
+    assert profile(schedule, torch.float64) == pytest.approx([kept[0], *explicit], abs=1e-12)
+
+
+@pytest.mark.parametrize("case", FORMULAS)
+def test_mean_age_obeys_its_recurrence(case):
+    schedule, _ = FORMULAS[case]
+    ages = STEPS_SEEN - np.arange(STEPS_SEEN + 1)
+    assert mean_age(schedule, STEPS_SEEN) == pytest.approx((profile(schedule, torch.float64) * ages).sum(), abs=1e-9)
+
+
+def mean_age(schedule, n):
+    age = 0.0
+    for k in range(1, n + 1):
+        age = schedule(k) * (age + 1)
+    return age
+
+
+AGES = {  # schedule, step, mean age as its docstring states it, tolerance
+    "constant": (Constant(0.98), 3000, 0.98 / 0.02, 1e-9),
+    "warm-up, growing": (Warmup(0.9999), 300, 301 / 10, 1e-9),
+    "warm-up, growing, another offset": (Warmup(0.9999, offset=4), 3000, 3001 / 4, 1e-6),
+    "warm-up, over": (Warmup(0.95), 5000, 19, 1e-9),
+    "half-life": (HalfLife(steps=50), 3000, 1 / (2 ** (1 / 50) - 1), 1e-9),
+    "half-life, in short": (HalfLife(steps=50), 3000, 50 / math.log(2) - 1 / 2, 0.01),
+    "ramp": (Ramp(0.98, tau=20), 3000, 49, 1e-9),
+    "annealing, growing": (Annealing(0.9999, gamma=20), 500, 500 / 21, 1e-9),
+    "annealing, over": (Annealing(0.9, gamma=20), 2000, 9, 1e-9),
+    "exponential": (ExponentialAnnealing(0.98, gamma=20, offset=1), 3000, 49, 1e-9),
+    "cosine": (Cosine(0.5, 0.95, total_steps=100), 3000, 19, 1e-9),
+    "inverse power 1": (InversePower(1.0, inv_gamma=4, power=1.0), 700, 700 / 5, 1e-9),
+    "inverse power 2/3": (InversePower(1.0), 1_000_000, 1_000_000 ** (2 / 3), 0.01 * 10_000),
+    "inverse power 1/2": (InversePower(1.0, inv_gamma=5, power=0.5), 500_000, 100_000**0.5, 0.01 * 316),
+    "power": (Power(gamma=3.0), 400, 400 / 5 - 1 / 2, 1e-3),
+    "power by its width": (Power(sigma_rel=0.1), 1000, 1000 / (6.937 + 2) - 1 / 2, 0.01),
+    "equal": (Equal(), 333, 332 / 2, 1e-9),
+    "debiased": (Debiased(0.99), 150, 99 - 150 * 0.99**150 / (1 - 0.99**150), 1e-9),
+    "copy first": (CopyFirst(Annealing(0.9999, gamma=20)), 501, 500 / 21, 1e-9),
+    "then": (Then(Equal(), at=30, second=0.95), 2000, 19, 1e-9),
+    "scaled": (Scaled(0.99, 4), 2000, 0.99**4 / (1 - 0.99**4), 1e-9),
+    "scaled, about": (Scaled(0.9999, 4), 60_000, 9999 / 4, 2),
+}
+
+
+@pytest.mark.parametrize("case", AGES)
+def test_mean_age_is_that_of_the_documentation(case):
+    schedule, n, stated, tolerance = AGES[case]
+    assert mean_age(schedule, n) == pytest.approx(stated, abs=tolerance)
+
+
+def test_an_inverse_power_above_one_never_forgets_its_start():
+    schedule = InversePower(1.0, power=1.5)
+    assert schedule.product(0, 100_000) == pytest.approx(schedule.product(0, 1000), rel=0.1)
+    assert schedule.product(0, 100_000) > 0.1
+
+
 def test_equal_is_the_mean_exactly():
     mean, states = Fraction(0), [Fraction(k, 7) for k in (3, -2, 9, 4)]
     for n, state in enumerate(states, start=1):
@@ -133,6 +315,15 @@ class TestWhatTheRunFillsIn:
     def test_cosine_takes_the_length_of_the_run(self):
         assert Cosine(0.9, 1.0).bind(self.plan) == Cosine(0.9, 1.0, total_steps=100)
         assert Cosine(0.9, 1.0, total_steps=7).bind(self.plan) == Cosine(0.9, 1.0, total_steps=7)
+
+    def test_cosine_can_end_later_than_the_run(self):
+        assert Cosine(0.9, 1.0, extra_steps=3).bind(self.plan) == Cosine(0.9, 1.0, total_steps=100, extra_steps=3)
+        assert Cosine(0.5, 1.0, extra_steps=100).bind(self.plan)(100) == pytest.approx(0.75)
+
+    def test_a_schedule_that_goes_on_ends_where_the_run_ends(self):
+        bound = Shifted(Cosine(0.5, 1.0), by=50).bind(self.plan)
+        assert bound == Shifted(Cosine(0.5, 1.0, total_steps=150), by=50)
+        assert bound(25) == pytest.approx(0.75) and bound(100) == 1
 
     def test_half_life_in_epochs_and_samples(self):
         assert HalfLife(epochs=2.5).bind(self.plan) == HalfLife(steps=50)
@@ -175,6 +366,9 @@ BAD = [
     (lambda: ExponentialAnnealing(0.9, 10, offset=-1), "offset is -1"),
     (lambda: Cosine(0.9, 1.5), "end is 1.5; it must lie in"),
     (lambda: Cosine(0.9, 1.0, total_steps=0), "total_steps is 0"),
+    (lambda: Cosine(0.9, 1.0, extra_steps=-1), "extra_steps is -1; it must be at least 0"),
+    (lambda: Shifted(0.9, by=-1), "Shifted: by is -1; it must be at least 0"),
+    (lambda: Shifted(2, by=1), "decay is 2"),
     (lambda: InversePower(0.9, min_decay=0.95), "min_decay 0.95 is above decay 0.9; swap them"),
     (lambda: InversePower(0.9, power=0), "power is 0"),
     (lambda: Power(), "give exactly one of them"),

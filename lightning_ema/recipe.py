@@ -1,0 +1,54 @@
+"""What a recipe returns, and the checks of its arguments under the other system's names."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Literal, TypedDict
+
+from lightning_ema.schedules import Schedule
+from lightning_ema.settings import DecayPer
+
+
+class Recipe(TypedDict, total=False):
+    """Keyword arguments of :class:`~lightning_ema.WeightAverage` and :class:`~lightning_ema.EMACallback`.
+
+    What the other system does not fix is left out, so that ``EMACallback(**recipe, start_epoch=2)`` can add it.
+    """
+
+    decay: Schedule
+    every_n_steps: int
+    start_step: int
+    decay_per: DecayPer
+    buffers: Literal["average", "copy"]
+
+
+def buffers_where(averaged: bool) -> Literal["average", "copy"]:
+    """``"average"`` where the other system averages floating-point buffers, ``"copy"`` where it takes the live ones."""
+    return "average" if averaged else "copy"
+
+
+def share(value: float, argument: str) -> float:
+    """The value, where it is a number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{argument} is {value!r}; it must be a number from 0 to 1.")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{argument} is {value!r}; it must lie in [0, 1].")
+    return value
+
+
+def decay_of(momentum: float, argument: str) -> float:
+    """``1 - momentum``, where the momentum is the share of the new weights in an update."""
+    if not isinstance(momentum, bool) and isinstance(momentum, Real) and 0 <= momentum <= 1:
+        return 1 - momentum
+    raise ValueError(
+        f"{argument} is {momentum!r}; it is the share of the new weights in an update, a number from 0 to 1, such as "
+        "0.0002 for a decay of 0.9998."
+    )
+
+
+def positive(value: float, argument: str) -> float:
+    """The value, where it is a positive, finite number."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
+        raise ValueError(f"{argument} is {value!r}; it must be a positive, finite number.")
+    return value
