@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_ema import checkpoint as checkpoints
-from lightning_ema import trainer_facts, training_batches
+from lightning_ema import second_pass, trainer_facts, training_batches
 from lightning_ema.advice import introduction, no_step_seen, steps_missed, still_rising, switching, too_long
 from lightning_ema.average import WeightAverage
 from lightning_ema.checks import check_choice, check_count
@@ -48,7 +48,8 @@ class EMACallback(Callback):
         recalibrate_batches: from how many training batches; None: 100.
         start_epoch: the average starts with this epoch (the first is 0), or at ``start_step`` if that comes later.
         evaluate: which weights validation, test and predict see, and ``state_dict`` of a checkpoint holds.
-            ``"live"``: the average is only followed, logged and stored.
+            ``"live"``: the average is only followed, logged and stored. ``"both"``: the average and then, in a pass of
+            its own over the validation or test data, the live weights, logged as ``<metric>_live``.
         others: what is done with the further averages of several decays: ``"follow"`` them (they are stored, and in
             ``averages``), ``"log"`` their decay and distance too, or also ``"evaluate"`` each in a pass of its own over
             the validation or test data, logged as ``<metric>/<name>_<decay>``.
@@ -104,12 +105,12 @@ class EMACallback(Callback):
             if buffers != "recalibrate":
                 raise ValueError(f"recalibrate_batches={recalibrate_batches} needs buffers='recalibrate'.")
         check_count(start_epoch, "start_epoch", at_least=0)
-        if evaluate == "both":
-            raise ValueError("evaluate='both' is not available yet; accepted are 'average' and 'live'.")
-        check_choice(evaluate, "evaluate", ("average", "live"))
+        check_choice(evaluate, "evaluate", get_args(Evaluate))
         check_choice(others, "others", get_args(Others))
         if others != "follow" and len(self.settings.decays) == 1:
             raise ValueError(f"others={others!r} needs several decays, for instance decay=[0.99, 0.999].")
+        if others == "evaluate" and evaluate == "live":
+            raise ValueError("others='evaluate' beside evaluate='live': write evaluate='both', or 'average'.")
         if switch_every is not None and switch_every != "epoch":
             check_count(switch_every, "switch_every", at_least=1)
         check_choice(after_fit, "after_fit", get_args(AfterFit))
@@ -146,11 +147,13 @@ class EMACallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         trainer_facts.check_strategy(trainer)
         trainer_facts.check_callbacks(trainer)
+        if self.evaluate == "both" or self.others == "evaluate":
+            second_pass.check(trainer)
         ours = [c for c in trainer_facts.callbacks(trainer) if isinstance(c, EMACallback)]
-        lenders = [c.name for c in ours if c.evaluate == "average"]
+        lenders = [c.name for c in ours if c.evaluate != "live"]
         if len(lenders) > 1:
             raise ValueError(
-                f"the EMACallbacks {', '.join(map(repr, lenders))} all have evaluate='average', but the module can "
+                f"the EMACallbacks {', '.join(map(repr, lenders))} all evaluate their average, but the module can "
                 "carry only one average in an evaluation. Write evaluate='live' in all but one of them."
             )
         if stage == "fit":
@@ -161,18 +164,18 @@ class EMACallback(Callback):
             if self._custody is not None:
                 self._custody.take_back()
             if trainer_facts.spawns(trainer):
-                rank_zero_warn(
-                    f"EMACallback {self.name!r}: only the module's weights return from the processes that this "
-                    "strategy spawns; resume from a checkpoint, or use strategy='ddp'."
+                self._warn(
+                    "only the module's weights return from the processes that this strategy spawns; resume from a "
+                    "checkpoint, or use strategy='ddp'."
                 )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._custody is None:
             self._take_up(pl_module, self._new_custody(pl_module))
             sizes = [tensor.numel() for _, tensor in self._require().named_tensors()]
-            rank_zero_info(f"EMACallback {self.name!r}: {introduction(self.settings.decays, sizes)}")
+            self._say(introduction(self.settings.decays, sizes))
             if self.switch_every is not None:
-                rank_zero_info(f"EMACallback {self.name!r}: {switching(self.switch_every)}")
+                self._say(switching(self.switch_every))
         self._steps.hold(self._require().owns)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -217,9 +220,9 @@ class EMACallback(Callback):
         missed = self._steps.missed
         self._steps.release()
         if trainer.global_step > 0 and self._require().num_steps == 0:
-            rank_zero_warn(f"EMACallback {self.name!r}: {no_step_seen(trainer.global_step)}")
+            self._warn(no_step_seen(trainer.global_step))
         elif missed:
-            rank_zero_info(f"EMACallback {self.name!r}: {steps_missed(missed)}")
+            self._say(steps_missed(missed))
         if self._custody is not None:
             self._custody.leave(deliver=self.after_fit == "average")
 
@@ -228,11 +231,17 @@ class EMACallback(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._lend(trainer, pl_module)
 
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._evaluate_again(trainer, pl_module, "validation")
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._recall()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._lend(trainer, pl_module)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._evaluate_again(trainer, pl_module, "test")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._recall()
@@ -284,20 +293,19 @@ class EMACallback(Callback):
         self._forget()
         entry, foreign = checkpoints.find(checkpoint, self.state_key), checkpoints.foreign(checkpoint)
         if entry is None and foreign is None:
-            rank_zero_info(f"EMACallback {self.name!r}: the checkpoint holds no average; it starts from its weights.")
+            self._say("the checkpoint holds no average; it starts from its weights.")
             if not self._steps.held:
                 return  # it is built where every other average is, in on_fit_start
         custody = self._new_custody(pl_module)
         if entry is not None:
             custody.resume(entry)
             if changed := checkpoints.changes(entry, self.settings.describe()):
-                rank_zero_warn(
-                    f"EMACallback {self.name!r}: the checkpoint was written with other settings; those given now "
-                    f"hold: {'; '.join(changed)}."
+                self._warn(
+                    f"the checkpoint was written with other settings; those given now hold: {'; '.join(changed)}."
                 )
         elif foreign is not None:
             custody.adopt(*foreign)
-            rank_zero_info(f"EMACallback {self.name!r}: goes on from the average of Lightning's WeightAveraging.")
+            self._say("goes on from the average of Lightning's WeightAveraging.")
         self._take_up(pl_module, custody)
 
     def _around_modules_save(self, pl_module: LightningModule, checkpoint: dict[str, Any], own: Hook) -> None:
@@ -340,7 +348,7 @@ class EMACallback(Callback):
         arguments = self.settings.as_arguments()
         if self.start_epoch > 0:
             arguments["start_step"] = UNTIL_EPOCH
-        return Custody(WeightAverage(pl_module, **arguments), self.evaluate == "average", self.recalibrate_batches > 0)
+        return Custody(WeightAverage(pl_module, **arguments), self.evaluate != "live", self.recalibrate_batches > 0)
 
     def _take_up(self, pl_module: LightningModule, custody: Custody) -> None:
         self._custody = custody
@@ -363,9 +371,9 @@ class EMACallback(Callback):
         average.step(steps)
         if average.num_skipped and not self._skips_said:
             self._skips_said = True
-            rank_zero_warn(
-                f"EMACallback {self.name!r}: the live weights are not finite at step {average.num_steps}; this update "
-                "is left out, and so will be all further ones like it. `average.num_skipped` counts them."
+            self._warn(
+                f"the live weights are not finite at step {average.num_steps}; this update is left out, and so will be "
+                "all further ones like it. `average.num_skipped` counts them."
             )
         return True
 
@@ -382,6 +390,19 @@ class EMACallback(Callback):
         if self._lends(pl_module) and self._custody is not None:
             self._custody.lend(self._batches(trainer))
 
+    def _evaluate_again(self, trainer: Trainer, pl_module: LightningModule, stage: second_pass.Stage) -> None:
+        custody = self._custody
+        mine = custody is not None and custody.average.module is pl_module and not custody.holds_file
+        if custody is None or not mine or trainer.sanity_checking:
+            return
+        passes: list[tuple[int | None, str]] = [(None, "_live")] if self.evaluate == "both" else []
+        if self.others == "evaluate":
+            passes += [(place, f"/{self._label(each)}") for place, each in enumerate(self.averages) if place > 0]
+        for place, suffix in passes:
+            with custody.instead(place, self._batches(trainer)):
+                results = second_pass.evaluate_again(trainer, pl_module, stage)
+            second_pass.log_again(pl_module, results, suffix)
+
     def _recall(self) -> None:
         if self._custody is not None:
             self._custody.recall()
@@ -396,9 +417,9 @@ class EMACallback(Callback):
     def _drop_if_edited(self) -> None:
         """After a fit, a module whose weights were loaded or edited since is the user's, and the average is over."""
         if self._custody is not None and self._custody.edited():
-            rank_zero_info(
-                f"EMACallback {self.name!r}: the module's weights were changed since the end of fit. They count from "
-                "here; the average and the live weights of that fit are dropped."
+            self._say(
+                "the module's weights were changed since the end of fit. They count from here; the average and the "
+                "live weights of that fit are dropped."
             )
             self._forget()
 
@@ -417,9 +438,9 @@ class EMACallback(Callback):
     def _advise(self, total_steps: int) -> None:
         for average in self.averages:
             if warning := too_long(average.schedule, total_steps):
-                rank_zero_warn(f"EMACallback {self.name!r}: {warning}")
+                self._warn(warning)
             if remark := still_rising(average.schedule, total_steps):
-                rank_zero_info(f"EMACallback {self.name!r}: {remark}")
+                self._say(remark)
 
     def _log(self, pl_module: LightningModule) -> None:
         first, *others = self._require().averages
@@ -431,6 +452,12 @@ class EMACallback(Callback):
 
     def _label(self, average: WeightAverage) -> str:
         return f"{self.name}_{label(average.settings.decay)}"
+
+    def _say(self, text: str) -> None:
+        rank_zero_info(f"EMACallback {self.name!r}: {text}")
+
+    def _warn(self, text: str) -> None:
+        rank_zero_warn(f"EMACallback {self.name!r}: {text}")
 
     def _held(self) -> Custody:
         if self._custody is None:

@@ -10,7 +10,7 @@ from lightning_ema.checks import check_count, check_decay, check_positive
 from lightning_ema.schedules import Constant, Plan, Schedule
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Power(Schedule):
     """``d(n) = (1 - 1 / n) ** (gamma + 1)``: the power-function average, whose profile grows as ``n ** gamma``.
 
@@ -54,7 +54,7 @@ class Power(Schedule):
         return (after / upto) ** (self.exponent + 1) if upto > after else 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Equal(Schedule):
     """``d(n) = 1 - 1 / n``: the plain mean of all states since ``start_step``. Source: SWA, arXiv 1803.05407.
 
@@ -71,7 +71,7 @@ class Equal(Schedule):
         return after / upto if upto > after else 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Debiased(Schedule):
     """``d(n) = decay * (1 - decay ** (n - 1)) / (1 - decay ** n)``: a mean at first, then an average of ``decay``.
 
@@ -103,7 +103,7 @@ class Debiased(Schedule):
         return self.decay
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CopyFirst(Schedule):
     """``d(1) = 0``, then ``d(n) = schedule(n - 1)``: the first step copies, the schedule begins after it.
 
@@ -135,7 +135,7 @@ class CopyFirst(Schedule):
         return _inner(self.schedule).limit
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Then(Schedule):
     """``d(n) = first(n)`` for ``n <= at``, then ``second(n - at)``: the second counts its own steps from 1.
 
@@ -171,7 +171,7 @@ class Then(Schedule):
         return _inner(self.second).limit
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Shifted(Schedule):
     """``d(n) = schedule(n + by)``: goes on with a schedule of which ``by`` steps are over already.
 
@@ -203,7 +203,7 @@ class Shifted(Schedule):
         return _inner(self.schedule).limit
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scaled(Schedule):
     """``d(n) = schedule(n) ** batch_factor``: the same horizon in samples when the batch is ``batch_factor`` times.
 
@@ -236,7 +236,7 @@ class Scaled(Schedule):
         return math.pow(_inner(self.schedule).limit, self.batch_factor)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Bema(Schedule):
     """``d(n) = 1 - (rho + gamma * n) ** -kappa``, corrected for the lag of the average.
 

@@ -70,7 +70,12 @@ class Custody:
     @property
     def gives_average(self) -> bool:
         """Whether evaluations and files are to see the average at present, rather than what is in the module."""
-        return self._evaluates and self.average.num_updates > 0 and not self._aside
+        return self._evaluates and self.average.num_updates > 0 and not self.holds_file
+
+    @property
+    def holds_file(self) -> bool:
+        """Whether the module holds the weights of a file that is evaluated after a fit."""
+        return bool(self._aside)
 
     def lend(self, batches: Batches | None = None) -> None:
         """Lends the average, with statistics estimated from ``batches`` where that has not been done for it yet."""

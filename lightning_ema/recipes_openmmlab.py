@@ -29,7 +29,7 @@ def mmengine_ema(
         begin_iter: up to this call the average is a copy.
 
     >>> mmengine_ema(interval=5)["decay"], mmengine_ema(interval=5)["start_step"]
-    (Constant(decay=0.9998), 1)
+    (Constant(0.9998), 1)
     """
     schedule = Constant(decay_of(momentum, "mmengine_ema: momentum"))
     return _after_a_copy("mmengine_ema", schedule, interval, update_buffers, begin_iter)
@@ -57,7 +57,7 @@ def mmengine_annealing(
     Start, buffers and arguments as in :func:`mmengine_ema`.
 
     >>> mmengine_annealing()["decay"]
-    Annealing(decay=0.9998, gamma=100)
+    Annealing(0.9998, 100)
     """
     decay = decay_of(momentum, "mmengine_annealing: momentum")
     schedule = Annealing(decay, positive(gamma, "mmengine_annealing: gamma"))
@@ -72,7 +72,7 @@ def mmdet_exp_momentum(
     Start, buffers and arguments as in :func:`mmengine_ema`. Their configurations set ``update_buffers=True``.
 
     >>> mmdet_exp_momentum()["decay"]
-    ExponentialAnnealing(decay=0.9998, gamma=2000, offset=1)
+    ExponentialAnnealing(0.9998, 2000, offset=1)
     """
     decay = decay_of(momentum, "mmdet_exp_momentum: momentum")
     schedule = ExponentialAnnealing(decay, positive(gamma, "mmdet_exp_momentum: gamma"), offset=1)
@@ -121,7 +121,7 @@ def mmdet2_base(momentum: float = 0.0002, interval: int = 1, skip_buffers: bool 
         skip_buffers: floating-point buffers are not averaged; they are the live ones.
 
     >>> mmdet2_base(momentum=0.001)["decay"]
-    Constant(decay=0.999)
+    Constant(0.999)
     """
     schedule = Constant(decay_of(momentum, "mmdet2_base: momentum"))
     return _from_the_initial_weights("mmdet2_base", schedule, interval, skip_buffers)
@@ -135,7 +135,7 @@ def mmdet2_exp(
     Arguments as in :func:`mmdet2_base`; ``total_iter`` is the time constant in steps.
 
     >>> mmdet2_exp()["decay"]
-    ExponentialAnnealing(decay=0.9998, gamma=2000, offset=0.0)
+    ExponentialAnnealing(0.9998, 2000)
     """
     decay = decay_of(momentum, "mmdet2_exp: momentum")
     schedule = ExponentialAnnealing(decay, positive(total_iter, "mmdet2_exp: total_iter"))
@@ -184,7 +184,7 @@ def mean_teacher_hook(momentum: float = 0.001, interval: int = 1, skip_buffer: b
     return _from_the_initial_weights("mean_teacher_hook", schedule, interval, skip_buffer)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LinearMomentum(Schedule):
     """``d(n) = 1 - min(momentum ** interval, n / (warm_up + n - 1))``: a decay that falls. For :func:`mmdet2_linear`.
 

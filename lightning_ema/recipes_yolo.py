@@ -17,7 +17,7 @@ def yolov7(decay: float = 0.9999, updates: int = 0) -> Recipe:
             with the weights that the module has.
 
     >>> yolov7()["decay"]
-    Ramp(decay=0.9999, tau=2000)
+    Ramp(0.9999, 2000)
     """
     return _yolo("yolov7", decay, 2000, updates)
 
@@ -28,7 +28,7 @@ def ultralytics(decay: float = 0.9999, tau: float = 2000, updates: int = 0) -> R
     Arguments as in :func:`yolov7`; ``tau`` is the time constant in updates.
 
     >>> ultralytics(updates=500)["decay"]
-    Shifted(schedule=Ramp(decay=0.9999, tau=2000), by=500)
+    Shifted(Ramp(0.9999, 2000), 500)
     """
     return _yolo("ultralytics", decay, tau, updates)
 
@@ -37,7 +37,7 @@ def yolox(decay: float = 0.9998, updates: int = 0) -> Recipe:
     """The ``ModelEMA`` of YOLOX, as :func:`yolov7`. The default is that of its trainer; the class has 0.9999.
 
     >>> yolox()["decay"]
-    Ramp(decay=0.9998, tau=2000)
+    Ramp(0.9998, 2000)
     """
     return _yolo("yolox", decay, 2000, updates)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from typing import ClassVar
 
 from lightning_ema.checks import check_count, check_decay, check_positive, check_share
@@ -62,6 +62,15 @@ class Schedule(ABC):
         """The decay approached for ``n`` to infinity; 1 where the horizon grows without end."""
         return 1.0
 
+    def __repr__(self) -> str:
+        """As it is written: fields that have no default by position, the others by name where they differ from it."""
+        if not is_dataclass(self):
+            return super().__repr__()
+        given = [(field, getattr(self, field.name)) for field in fields(self)]
+        by_position = [repr(value) for field, value in given if field.default is MISSING]
+        by_name = [f"{f.name}={value!r}" for f, value in given if f.default is not MISSING and value != f.default]
+        return f"{type(self).__name__}({', '.join(by_position + by_name)})"
+
     corrects: ClassVar[bool] = False
     """Whether the average is corrected by ``bias``, for which the weights at the start are kept."""
 
@@ -70,7 +79,7 @@ class Schedule(ABC):
         return 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Constant(Schedule):
     """``d(n) = decay``: the bare exponential moving average.
 
@@ -97,7 +106,7 @@ class Constant(Schedule):
         return self.decay
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Warmup(Schedule):
     """``d(n) = min(decay, (1 + n) / (offset + n))``: what a plain number means.
 
@@ -130,7 +139,7 @@ class Warmup(Schedule):
         return self.decay
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class HalfLife(Schedule):
     """``d(n) = 2 ** (-1 / h)``: after ``h`` steps half of the old average is left.
 
@@ -178,7 +187,7 @@ class HalfLife(Schedule):
         return 1.0 if self.steps is None else self(1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Ramp(Schedule):
     """``d(n) = decay * (1 - exp(-n / tau))``. Source: the ``ModelEMA`` of the YOLO family (0.9999, 2000).
 
@@ -203,7 +212,7 @@ class Ramp(Schedule):
         return self.decay
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Annealing(Schedule):
     """``d(n) = min(decay, n / (gamma + n))``. Source: mmengine's ``MomentumAnnealingEMA``.
 
@@ -231,7 +240,7 @@ class Annealing(Schedule):
         return self.decay
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ExponentialAnnealing(Schedule):
     """``d(n) = decay * (1 - exp(-(n + offset) / gamma))``, a :class:`Ramp` that begins ``offset`` steps in.
 
@@ -261,7 +270,7 @@ class ExponentialAnnealing(Schedule):
         return self.decay
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Cosine(Schedule):
     """``d(n) = end - (end - start) * (cos(pi * min(n, K) / K) + 1) / 2`` with ``K = total_steps + extra_steps``.
 
@@ -305,7 +314,7 @@ class Cosine(Schedule):
         return self.end
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class InversePower(Schedule):
     """``d(n) = clamp(1 - (1 + n / inv_gamma) ** -power, min_decay, decay)``.
 

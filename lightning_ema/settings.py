@@ -69,7 +69,7 @@ class Settings:
         check_flag(include_frozen, "include_frozen")
         check_choice(on_nonfinite, "on_nonfinite", get_args(OnNonfinite))
         _check_dtype(dtype)
-        for schedule in decays:
+        for schedule in decays if decay_per == "step" else ():  # else the horizon counts updates
             _warn_of_interval(every_n_steps, schedule)
         return cls(
             decays=decays,
@@ -123,7 +123,7 @@ def label(schedule: Schedule) -> str:
 
     >>> from lightning_ema.schedules import Constant
     >>> label(Warmup(0.999)), label(Constant(0.99))
-    ('0.999', 'Constant_decay_0.99')
+    ('0.999', 'Constant_0.99')
     """
     if isinstance(schedule, Warmup) and schedule == Warmup(schedule.decay):
         return repr(schedule.decay)

@@ -28,6 +28,7 @@ from lightning_ema import (
     Ramp,
     Scaled,
     Schedule,
+    Shifted,
     Then,
     Warmup,
 )
@@ -108,6 +109,7 @@ def test_every_schedule_comes_out_of_yaml(tmp_path):
         Power(sigma_rel=0.1),
         Ramp(0.99, tau=10),
         Scaled(Warmup(0.99), batch_factor=2),
+        Shifted(Warmup(0.99), by=7),
         Then(0.5, at=3, second=Then(Constant(0.9), at=2, second=Equal())),
         Warmup(0.9, offset=3),
     ]

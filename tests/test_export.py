@@ -27,7 +27,7 @@ def test_safetensors_hold_the_averaged_model_and_say_where_it_is_from(run, tmp_p
     path = export_average(folder / "full.ckpt", tmp_path / "out.safetensors")
     assert equal(load_file(path), state)
     with safe_open(path, "pt") as file:
-        assert file.metadata() == {"average": "ema", "steps": "12", "decay": "Warmup(decay=0.9, offset=10.0)"}
+        assert file.metadata() == {"average": "ema", "steps": "12", "decay": "Warmup(0.9)"}
 
 
 def test_a_pt_file_and_a_checkpoint_in_memory(run, tmp_path):
@@ -90,7 +90,7 @@ def test_inspecting_says_what_there_is(run, capsys):
         "average: 8 tensors, 0 of them stored here (0.0 kB), the others in state_dict",
         "live weights: 8 tensors stored here (0.3 kB)",  # 81 float32
         "average: 8 tensors, 8 of them stored here (0.3 kB)",
-        "decay: Warmup(decay=0.9, offset=10.0)",
+        "decay: Warmup(0.9)",
         "decay in force: 0.590909, a horizon of 2 steps",  # (1 + 12) / (10 + 12)
         f"distance between live weights and average: {distance:.4g} of",
         f"distance between live weights and average: {slows:.4g} of",

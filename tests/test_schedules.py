@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_ema import (
     Annealing,
+    Bema,
     Constant,
     CopyFirst,
     Cosine,
@@ -74,6 +75,7 @@ FORMULAS = {
         Cosine(0.996, 1.0, total_steps=100, extra_steps=5),
         lambda n: 1 - (1 - 0.996) * (math.cos(math.pi * min(n, 105) / 105) + 1) / 2,
     ),
+    "bema": (Bema(kappa=0.6, rho=4, gamma=2), lambda n: 1 - (4 + 2 * n) ** -0.6),
     "batch of four": (Scaled(Warmup(0.99), 4), lambda n: min(0.99, (1 + n) / (10 + n)) ** 4),
 }
 
@@ -108,6 +110,20 @@ def test_schedules_are_plain_values(case):
     with pytest.raises(AttributeError):
         schedule.decay = 0.5
     assert hash(schedule) == hash(eval(repr(schedule)))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "written"),
+    [
+        (Warmup(0.999), "Warmup(0.999)"),
+        (Warmup(0.999, offset=3), "Warmup(0.999, offset=3)"),
+        (Then(0.99, at=100, second=Cosine(0.9, 1.0)), "Then(0.99, 100, Cosine(0.9, 1.0))"),
+        (Power(sigma_rel=0.1), "Power(sigma_rel=0.1)"),
+        (Equal(), "Equal()"),
+    ],
+)
+def test_schedules_print_as_they_are_written(schedule, written):
+    assert repr(schedule) == written
 
 
 def test_every_schedule_is_among_the_formulas():
@@ -213,7 +229,7 @@ def profile(schedule, dtype):
         with torch.no_grad():
             module.state.zero_()[k] = 1
         average.step()
-    return dict(average.named_tensors())["state"].double().numpy()
+    return average.state_dict()["average"]["state"].double().numpy()  # before any correction
 
 
 @pytest.mark.parametrize("case", FORMULAS)

@@ -168,6 +168,23 @@ class TestBema:
         state = average.state_dict()
         assert state["origin"]["1.weight"].item() == 10.0
 
+    def test_the_correction_moves_weight_from_the_start_to_the_live_weights(self):
+        states = torch.eye(31, dtype=torch.float64)
+        net = nn.Linear(31, 1, bias=False).double()
+        with torch.no_grad():
+            net.weight.copy_(states[0])
+        average = WeightAverage(net, Bema())
+        for state in states[1:]:
+            with torch.no_grad():
+                net.weight.copy_(state)
+            average.step()
+        profile = dict(average.named_tensors())["weight"][0]
+        plain = average.state_dict()["average"]["weight"][0]
+        assert profile.sum().item() == pytest.approx(1, abs=1e-12)
+        bias = 40**-0.4
+        expected = plain + bias * (states[30] - states[0])
+        torch.testing.assert_close(profile, expected, rtol=0, atol=1e-12)
+
     def test_buffers_are_not_corrected(self):
         net = network()
         average = WeightAverage(net, [Bema(), Constant(1.0)])

@@ -98,7 +98,7 @@ def test_the_others_are_logged_on_request(tmp_path):
 
     first = {"ema/decay", "ema/distance", "ema/updates"}
     assert keys("follow") == first
-    words = ("ema_0.99", "ema_Constant_decay_0.5")
+    words = ("ema_0.99", "ema_Constant_0.5")
     assert keys("log") == first | {f"{word}/{what}" for word in words for what in ("decay", "distance")}
 
 
@@ -106,9 +106,9 @@ def test_what_is_logged_belongs_to_its_average(tmp_path):
     callback = EMACallback([Constant(0.5), Constant(0.75)], others="log", after_fit="live")
     last = [row for row in logged(tmp_path, callback) if "ema/decay" in row][-1]
     first, second = callback.averages
-    assert (float(last["ema/decay"]), float(last["ema_Constant_decay_0.75/decay"])) == (0.5, 0.75)
+    assert (float(last["ema/decay"]), float(last["ema_Constant_0.75/decay"])) == (0.5, 0.75)
     assert float(last["ema/distance"]) == pytest.approx(first.distance())
-    assert float(last["ema_Constant_decay_0.75/distance"]) == pytest.approx(second.distance())
+    assert float(last["ema_Constant_0.75/distance"]) == pytest.approx(second.distance())
 
 
 @pytest.mark.parametrize("others", ["log", "evaluate"])
