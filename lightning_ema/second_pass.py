@@ -1,0 +1,152 @@
+"""Evaluating once more within one evaluation, with other weights: the results come under other names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_ema.aside import Aside
+from lightning_ema.evaluation_loop import NEEDED, Result, loaders_of, loop_of, metrics_of, results_of, run_beside
+from lightning_ema.loaders import parts
+from lightning_ema.randomness import RandomStates
+
+_STRATEGIES = {"SingleDeviceStrategy": True, "DDPStrategy": True, "DeepSpeedStrategy": False}
+_LOADER_SUFFIX = "/dataloader_idx_"
+
+
+@dataclass(frozen=True, eq=False)
+class Begun:
+    """What an evaluation finds when it begins, and a further pass is to find again. Made by :func:`begin`."""
+
+    module: Aside
+    random: RandomStates
+    metrics: Any
+
+
+def check(trainer: Trainer) -> None:
+    """Refuse a trainer under which a second pass cannot be run.
+
+    Raises:
+        ValueError: naming the strategy, or Lightning's version.
+    """
+    kinds = [kind.__name__ for kind in type(trainer.strategy).__mro__]
+    if not next((_STRATEGIES[kind] for kind in kinds if kind in _STRATEGIES), False):
+        raise ValueError(
+            f"evaluate='both' does not work with {kinds[0]}: a second pass over the data is run on a single device or "
+            "under DDP. Use strategy='ddp', or evaluate='average'."
+        )
+    missing = [name for name in NEEDED if not hasattr(trainer.validate_loop, name)]
+    if missing:
+        raise ValueError(
+            f"evaluate='both' does not know this version of Lightning, whose evaluation loop has no "
+            f"{', '.join(missing)}. Use evaluate='average'."
+        )
+
+
+def begin(trainer: Trainer, pl_module: LightningModule) -> Begun:
+    """To be called in ``on_validation_start`` or ``on_test_start``, before the module is lent other weights.
+
+    What the first pass gathers in the module afterwards is kept out of the second one, which begins here, too.
+
+    Raises:
+        ValueError: a loader can be iterated only once.
+    """
+    loaders = loaders_of(trainer)
+    for source in map(_used_up, loaders):
+        if source is not None:
+            raise ValueError(
+                f"evaluate='both' passes over the data twice, and {type(source).__name__} is an iterator: its __iter__ "
+                "gives itself. Give it an __iter__ that begins anew, or use evaluate='average'."
+            )
+    owners = [part for loader in loaders for part in parts(loader)]
+    return Begun(Aside(pl_module, vars(LightningModule())), RandomStates(owners), metrics_of(trainer))
+
+
+def evaluate_again(trainer: Trainer, pl_module: LightningModule, begun: Begun) -> list[Result]:
+    """Evaluates the weights that the module carries now, on the data of the evaluation under way.
+
+    To be called in ``on_validation_epoch_end`` or ``on_test_epoch_end`` of a callback, as often as there are weights.
+    All hooks of the module run, none of a callback; nothing reaches loggers; values logged on single steps are
+    dropped. It begins from the module's state and random states at ``begun``, so dropout, shuffling and augmentation
+    in the main process are those of the first pass. Whatever happens, module, loop, logged values and random states
+    are afterwards what they were.
+
+    Args:
+        trainer: the trainer; in its sanity check nothing is run.
+        pl_module: its module.
+        begun: what :func:`begin` gave in this evaluation.
+
+    Returns:
+        What a separate ``trainer.validate`` or ``trainer.test`` of these weights would log for the whole evaluation.
+
+    Raises:
+        RuntimeError: the loaders gave no batch this time.
+    """
+    if trainer.sanity_checking:
+        return []
+    first = loop_of(trainer)
+    states = RandomStates([part for loader in loaders_of(trainer) for part in parts(loader)])
+    try:
+        with begun.module.again(), run_beside(trainer, pl_module, begun.metrics, begun.random.put_back) as loop:
+            loop.run()
+            if first.batch_progress.current.ready > loop.batch_progress.current.ready == 0:
+                raise RuntimeError(
+                    "evaluate='both': the loaders gave no batch in the second pass over the data. They must give the "
+                    "same batches each time they are iterated; or use evaluate='average'."
+                )
+            return results_of(loop, trainer)
+    finally:
+        states.put_back()
+
+
+def log_again(pl_module: LightningModule, results: Sequence[Result], rename: Callable[[str], str]) -> None:
+    """Logs results under other names, from a callback's ``on_validation_epoch_end`` or ``on_test_epoch_end``.
+
+    Args:
+        pl_module: the module.
+        results: what :func:`evaluate_again` gave.
+        rename: gives the new name; it sees a name without ``/dataloader_idx_k``, which is put behind the new one.
+
+    Raises:
+        ValueError: a new name is one that the module itself logs, or two become one.
+    """
+    names = [_renamed(result.name, rename) for result in results]
+    taken = {result.name for result in results}
+    for index, (name, result) in enumerate(zip(names, results, strict=True)):
+        if name in taken or name in names[:index]:
+            raise ValueError(
+                f"{result.name!r} would be logged once more as {name!r}, and that name is taken by another value that "
+                f"{type(pl_module).__name__} logs. Give that one another name in the module."
+            )
+    for name, result in zip(names, results, strict=True):
+        # the class's own method: a module that overrides it has given these names already
+        LightningModule.log(
+            pl_module,
+            name,
+            result.value if result.value.is_floating_point() else result.value.float(),
+            prog_bar=result.prog_bar,
+            logger=None if result.logger else False,
+            on_step=False,
+            on_epoch=True,
+            reduce_fx="max",  # of one value, or of values that are all the same: exact, as no mean is
+            sync_dist=result.synced,
+            add_dataloader_idx=False,
+            rank_zero_only=result.rank_zero_only,
+        )
+
+
+def _renamed(name: str, rename: Callable[[str], str]) -> str:
+    base, mark, index = name.partition(_LOADER_SUFFIX)
+    return rename(base) + mark + index
+
+
+def _used_up(loader: Any) -> object | None:
+    """The object behind a loader that is used up by iterating it; None where there is none."""
+    source = loader
+    if isinstance(loader, DataLoader):  # its workers iterate over copies of their own
+        source = loader.dataset if loader.num_workers == 0 and isinstance(loader.dataset, IterableDataset) else None
+    return source if isinstance(source, Iterator) else None
