@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import abc
+import argparse
 import datetime
 import enum
 import numbers
 import pathlib
 import re
+import sys
 import types
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Generic, Protocol
 
 import numpy as np
 import torch
@@ -25,8 +28,9 @@ _Taken = tuple[Any, Any]
 
 # what torch keeps of a module; its buffers and submodules are looked at all the same
 _OF_TORCH = frozenset(vars(nn.Module())) - {"training", "_buffers", "_modules", "_non_persistent_buffers_set"}
-# objects of these are the machinery that runs an evaluation: optimizers, loaders, trainers, averages
-_MACHINERY = frozenset({"torch", "lightning", "lightning_fabric", "pytorch_lightning", "lightning_ema"})
+# objects of these are the machinery that runs an evaluation: optimizers, loaders, trainers, averages; files, threads
+_MACHINERY = {"torch", "lightning", "lightning_fabric", "pytorch_lightning", "lightning_ema", *sys.stdlib_module_names}
+_BASES = {object, abc.ABC, Generic, Protocol, types.SimpleNamespace, argparse.Namespace}
 _CONTAINERS = (list, dict, set, deque)
 _ATOMS = (
     types.NoneType,
@@ -60,8 +64,8 @@ class Aside:
     dict count as well, so do objects all of whose attributes are plain, such as a running mean, and containers that
     are attributes of the user's class.
 
-    Not parameters, nor tensors that share their memory; not objects of torch and Lightning such as optimizers; not
-    objects that hold threads, files or other objects that are not plain; not memory-mapped arrays.
+    Not parameters, nor tensors that share their memory; not objects of torch, Lightning and the standard library, such
+    as optimizers, threads and files, nor objects that hold such; not memory-mapped arrays.
 
     Objects keep their identity: the *contents* of a container, the *values* of a tensor are put back. A tensor that
     lies in another storage by then belongs to weights that were lent meanwhile; it is left as it is.
@@ -180,24 +184,20 @@ def _is_plain(value: Any, pending: set[int]) -> bool:
         return all(_is_plain(element, pending) for element in value.values())
     if isinstance(value, (*_CONTAINERS, tuple)):
         return all(_is_plain(element, pending) for element in value)
-    if _is_machinery(type(value)) or not hasattr(value, "__dict__") or _has_slots(type(value)):
+    if any(map(_is_machinery, type(value).__mro__)) or not hasattr(value, "__dict__"):
         return False
     return all(_is_plain(element, pending) for element in vars(value).values())
 
 
 def _of_class(kind: type) -> list[Any]:
     """The containers and tensors that hang on a user's class, where every object of it writes to them."""
-    classes = [base for base in kind.__mro__ if base is not object and not _is_machinery(base)]
+    classes = [base for base in kind.__mro__ if base not in _BASES and not _is_machinery(base)]
     values = [value for base in classes for name, value in vars(base).items() if not name.startswith("__")]
     return [value for value in values if isinstance(value, (*_CONTAINERS, Tensor, np.ndarray))]
 
 
-def _has_slots(kind: type) -> bool:
-    return any(vars(base).get("__slots__") for base in kind.__mro__)
-
-
 def _is_machinery(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] in _MACHINERY
+    return (kind not in _BASES and kind.__module__.partition(".")[0] in _MACHINERY) or bool(vars(kind).get("__slots__"))
 
 
 def _is_plain_tensor(tensor: Tensor) -> bool:

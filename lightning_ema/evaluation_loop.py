@@ -6,7 +6,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
@@ -33,6 +33,7 @@ class Result:
         name: as Lightning has it in ``trainer.callback_metrics``, with ``/dataloader_idx_k`` where there are several
             loaders. What is logged on every step as well is there twice, as ``x_epoch`` for loggers and as ``x``.
         value: of one element.
+        loader: for which of several loaders; None for one loader, and for what hooks after the last batch log.
         prog_bar, logger: whether it goes to the progress bar and to loggers.
         synced: whether it is the same in all processes.
         rank_zero_only: whether it was logged in the first process alone.
@@ -40,6 +41,7 @@ class Result:
 
     name: str
     value: Tensor
+    loader: int | None
     prog_bar: bool
     logger: bool
     synced: bool
@@ -102,10 +104,33 @@ def results_of(loop: Any, trainer: Trainer) -> list[Result]:
         name, for_loggers = loop._results._forked_name(logged, on_step=False)
         synced = meta.sync.should if logged.is_tensor else logged.value.sync_on_compute
         value = values[for_loggers].detach().clone()
-        found[for_loggers] = Result(for_loggers, value, meta.prog_bar, meta.logger, synced, meta.sync.rank_zero_only)
+        found[for_loggers] = Result(
+            *(for_loggers, value, meta.dataloader_idx, meta.prog_bar, meta.logger, synced, meta.sync.rank_zero_only)
+        )
         if name != for_loggers:
-            found[name] = Result(name, value, False, False, synced, meta.sync.rank_zero_only)
+            found[name] = replace(found[for_loggers], name=name, prog_bar=False, logger=False)
     return list(found.values())
+
+
+@contextmanager
+def logging_for(trainer: Trainer, loader: int | None) -> Iterator[None]:
+    """What is logged inside, after the last batch, counts as logged in the steps of one of several loaders.
+
+    So it stands with the other values of that loader in what ``trainer.validate`` returns and prints.
+    """
+    if loader is None:
+        yield
+        return
+    loop = loop_of(trainer)
+    try:
+        loop._results.dataloader_idx = loader
+        yield
+        for_loggers = trainer._logger_connector.update_eval_epoch_metrics()
+    finally:
+        loop._results.dataloader_idx = None
+    ending = f"/dataloader_idx_{loader}"
+    of_loader = [one for one in loop._logged_outputs if any(name.endswith(ending) for name in one)]
+    (of_loader or loop._logged_outputs)[-1].update(for_loggers)
 
 
 def _copied(connector: Any) -> Any:

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_ema.aside import Aside
-from lightning_ema.evaluation_loop import NEEDED, Result, loaders_of, loop_of, metrics_of, results_of, run_beside
+from lightning_ema.evaluation_loop import (
+    NEEDED,
+    Result,
+    loaders_of,
+    logging_for,
+    loop_of,
+    metrics_of,
+    results_of,
+    run_beside,
+)
 from lightning_ema.loaders import parts
 from lightning_ema.randomness import RandomStates
 
 _STRATEGIES = {"SingleDeviceStrategy": True, "DDPStrategy": True, "DeepSpeedStrategy": False}
-_LOADER_SUFFIX = "/dataloader_idx_"
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +73,8 @@ def begin(trainer: Trainer, pl_module: LightningModule) -> Begun:
                 "gives itself. Give it an __iter__ that begins anew, or use evaluate='average'."
             )
     owners = [part for loader in loaders for part in parts(loader)]
-    return Begun(Aside(pl_module, vars(LightningModule())), RandomStates(owners), metrics_of(trainer))
+    lightnings_own = vars(LightningModule()).keys() - vars(nn.Module()).keys()
+    return Begun(Aside(pl_module, lightnings_own), RandomStates(owners), metrics_of(trainer))
 
 
 def evaluate_again(trainer: Trainer, pl_module: LightningModule, begun: Begun) -> list[Result]:
@@ -114,34 +125,49 @@ def log_again(pl_module: LightningModule, results: Sequence[Result], rename: Cal
     Raises:
         ValueError: a new name is one that the module itself logs, or two become one.
     """
-    names = [_renamed(result.name, rename) for result in results]
     taken = {result.name for result in results}
-    for index, (name, result) in enumerate(zip(names, results, strict=True)):
-        if name in taken or name in names[:index]:
+    for result in results:
+        name = _renamed(result, rename) + _ending(result)
+        if name in taken:
             raise ValueError(
                 f"{result.name!r} would be logged once more as {name!r}, and that name is taken by another value that "
                 f"{type(pl_module).__name__} logs. Give that one another name in the module."
             )
-    for name, result in zip(names, results, strict=True):
-        # the class's own method: a module that overrides it has given these names already
-        LightningModule.log(
-            pl_module,
-            name,
-            result.value if result.value.is_floating_point() else result.value.float(),
-            prog_bar=result.prog_bar,
-            logger=None if result.logger else False,
-            on_step=False,
-            on_epoch=True,
-            reduce_fx="max",  # of one value, or of values that are all the same: exact, as no mean is
-            sync_dist=result.synced,
-            add_dataloader_idx=False,
-            rank_zero_only=result.rank_zero_only,
-        )
+        taken.add(name)
+    for loader, of_loader in groupby(sorted(results, key=_order), key=lambda result: result.loader):
+        with logging_for(pl_module.trainer, loader):
+            for result in of_loader:
+                _log(pl_module, _renamed(result, rename), result)
 
 
-def _renamed(name: str, rename: Callable[[str], str]) -> str:
-    base, mark, index = name.partition(_LOADER_SUFFIX)
-    return rename(base) + mark + index
+def _log(pl_module: LightningModule, name: str, result: Result) -> None:
+    # the class's own method: a module that overrides it has given these names already
+    LightningModule.log(
+        pl_module,
+        name,
+        result.value if result.value.is_floating_point() else result.value.float(),
+        prog_bar=result.prog_bar,
+        logger=None if result.logger else False,
+        on_step=False,
+        on_epoch=True,
+        reduce_fx="max",  # of one value, or of values that are all the same: exact, as no mean is
+        sync_dist=result.synced,
+        add_dataloader_idx=bool(_ending(result)),
+        rank_zero_only=result.rank_zero_only,
+    )
+
+
+def _order(result: Result) -> int:
+    return -1 if result.loader is None else result.loader
+
+
+def _ending(result: Result) -> str:
+    ending = f"/dataloader_idx_{result.loader}"
+    return ending if result.name.endswith(ending) else ""
+
+
+def _renamed(result: Result, rename: Callable[[str], str]) -> str:
+    return rename(result.name.removesuffix(_ending(result)))
 
 
 def _used_up(loader: Any) -> object | None:
