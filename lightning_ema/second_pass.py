@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_ema.aside import Aside
@@ -35,6 +37,7 @@ class Begun:
     module: Aside
     random: RandomStates
     metrics: Any
+    buffers_due: bool
 
 
 def check(trainer: Trainer) -> None:
@@ -74,7 +77,9 @@ def begin(trainer: Trainer, pl_module: LightningModule) -> Begun:
             )
     owners = [part for loader in loaders for part in parts(loader)]
     lightnings_own = vars(LightningModule()).keys() - vars(nn.Module()).keys()
-    return Begun(Aside(pl_module, lightnings_own), RandomStates(owners), metrics_of(trainer))
+    wrapper = _ddp(trainer)
+    buffers_due = wrapper is not None and wrapper.require_forward_param_sync
+    return Begun(Aside(pl_module, lightnings_own), RandomStates(owners), metrics_of(trainer), buffers_due)
 
 
 def evaluate_again(trainer: Trainer, pl_module: LightningModule, begun: Begun) -> list[Result]:
@@ -102,7 +107,11 @@ def evaluate_again(trainer: Trainer, pl_module: LightningModule, begun: Begun) -
     first = loop_of(trainer)
     states = RandomStates([part for loader in loaders_of(trainer) for part in parts(loader)])
     try:
-        with begun.module.again(), run_beside(trainer, pl_module, begun.metrics, begun.random.put_back) as loop:
+        with (
+            begun.module.again(),
+            _buffers_due(trainer, begun.buffers_due),
+            run_beside(trainer, pl_module, begun.metrics, begun.random.put_back) as loop,
+        ):
             loop.run()
             if first.batch_progress.current.ready > loop.batch_progress.current.ready == 0:
                 raise RuntimeError(
@@ -138,6 +147,26 @@ def log_again(pl_module: LightningModule, results: Sequence[Result], rename: Cal
         with logging_for(pl_module.trainer, loader):
             for result in of_loader:
                 _log(pl_module, _renamed(result, rename), result)
+
+
+@contextmanager
+def _buffers_due(trainer: Trainer, due: bool) -> Iterator[None]:
+    """DDP broadcasts buffers in the first forward pass after a training step: the first pass has used that up."""
+    wrapper = _ddp(trainer)
+    if wrapper is None:
+        yield
+        return
+    before = wrapper.require_forward_param_sync
+    wrapper.require_forward_param_sync = due
+    try:
+        yield
+    finally:
+        wrapper.require_forward_param_sync = before
+
+
+def _ddp(trainer: Trainer) -> DistributedDataParallel | None:
+    model = trainer.strategy.model
+    return model if isinstance(model, DistributedDataParallel) else None
 
 
 def _log(pl_module: LightningModule, name: str, result: Result) -> None:
