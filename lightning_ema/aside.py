@@ -11,7 +11,7 @@ import pathlib
 import re
 import sys
 import types
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, Protocol
@@ -65,7 +65,7 @@ class Aside:
     are attributes of the user's class.
 
     Not parameters, nor tensors that share their memory; not objects of torch, Lightning and the standard library, such
-    as optimizers, threads and files, nor objects that hold such; not memory-mapped arrays.
+    as optimizers, threads, files and iterators, nor objects that hold such; not memory-mapped arrays.
 
     Objects keep their identity: the *contents* of a container, the *values* of a tensor are put back. A tensor that
     lies in another storage by then belongs to weights that were lent meanwhile; it is left as it is.
@@ -135,8 +135,10 @@ class Aside:
 def _take(target: Any, leave: Collection[str]) -> Any:
     if isinstance(target, Tensor):
         return _place(target), target.detach().clone()
-    if isinstance(target, (*_CONTAINERS, np.ndarray)):
-        return dict(target) if isinstance(target, dict) else target.copy()
+    if isinstance(target, np.ndarray):
+        return target.copy()
+    if isinstance(target, _CONTAINERS):
+        return dict(target) if isinstance(target, dict) else list(target)
     if is_source(target):
         return state_of(target)
     if isinstance(target, torch.jit.ScriptModule):
@@ -152,14 +154,9 @@ def _give(target: Any, taken: Any, leave: Collection[str]) -> None:
     elif isinstance(target, np.ndarray):
         if not np.array_equal(target, taken):
             target[...] = taken
-    elif isinstance(target, list):
-        target[:] = taken
-    elif isinstance(target, dict | set):
-        target.clear()
-        target.update(taken)
-    elif isinstance(target, deque):
-        target.clear()
-        target.extend(taken)
+    elif isinstance(target, _CONTAINERS):
+        if not _holds(target, taken):
+            _refill(target, taken)
     elif is_source(target):
         set_state(target, taken)
     elif not isinstance(target, torch.jit.ScriptModule):
@@ -167,6 +164,29 @@ def _give(target: Any, taken: Any, leave: Collection[str]) -> None:
         for name in [name for name in table if name not in taken and name not in leave]:
             del table[name]
         table.update(taken)
+
+
+def _holds(container: Any, taken: Any) -> bool:
+    """Whether it contains the very same objects, in the same order."""
+    if isinstance(container, dict):
+        return list(container) == list(taken) and _holds(list(container.values()), list(taken.values()))
+    return len(container) == len(taken) and all(one is other for one, other in zip(container, taken, strict=True))
+
+
+def _refill(container: Any, taken: Any) -> None:
+    # by the methods of the container's own kind: subclasses may forbid some of them
+    if isinstance(container, list):
+        list.__setitem__(container, slice(None), taken)
+        return
+    kind: Any = next(kind for kind in (OrderedDict, dict, set, deque) if isinstance(container, kind))
+    kind.clear(container)
+    if isinstance(container, dict):
+        for key, value in taken.items():
+            kind.__setitem__(container, key, value)
+    elif isinstance(container, set):
+        set.update(container, taken)
+    else:
+        deque.extend(container, taken)
 
 
 def _give_all(all_taken: Iterable[_Taken], leave: Collection[str]) -> None:

@@ -254,6 +254,24 @@ def test_a_list_that_hangs_on_the_class():
     assert Shared.outputs == []
 
 
+class ReadOnly(OrderedDict):
+    """As the outputs of some libraries' models are."""
+
+    def update(self, *args, **kwargs):
+        raise TypeError("read only")
+
+    clear = pop = __delitem__ = update
+
+
+def test_containers_that_forbid_being_written_to():
+    module = Holds(ReadOnly(a=1, b=[2]))
+    aside = Aside(module)
+    module.value["b"].append(3)
+    module.value["c"] = 4
+    aside.put_back()
+    assert list(module.value.items()) == [("a", 1), ("b", [2])]
+
+
 def test_names_to_leave():
     module = Holds([1])
     aside = Aside(module, leave={"value", "later"})
