@@ -13,6 +13,9 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 from twice import GathersFromItsStart, Twice, double
 
+from lightning_ema import Constant, WeightAverage
+from lightning_ema.second_pass import begin, check, evaluate_again, log_again
+
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -84,6 +87,7 @@ SITUATIONS = {
     "overfit_batches": ({"dropout": 0.5}, {"overfit_batches": 2}),
     "bf16-mixed": ({"norm": False}, {"precision": "bf16-mixed"}),
     "bf16-true": ({"norm": False}, {"precision": "bf16-true"}),
+    "loaders made anew each epoch": ({"dropout": 0.5}, {"reload_dataloaders_every_n_epochs": 1}),
     "accumulation": ({}, {"accumulate_grad_batches": 4}),
     "progress bar": ({}, {"enable_progress_bar": True}),
 }
@@ -256,3 +260,105 @@ def test_a_checkpoint_is_the_same(tmp_path):
     assert plain["loops"] == beside["loops"]
     assert equal(plain["state_dict"], beside["state_dict"])
     assert plain["global_step"] == beside["global_step"] == 2 * BATCHES
+
+
+def test_a_module_that_saves_a_checkpoint_in_its_last_hook(tmp_path):
+    class Saves(Watched):
+        def on_validation_epoch_end(self):
+            super().on_validation_epoch_end()
+            self.trainer.save_checkpoint(tmp_path / "last.ckpt")
+
+    module = seeded(Saves)
+    fit(module, Twice(), max_epochs=2)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=False)
+    assert equal(saved["state_dict"], module.state_dict())  # the first pass saves last
+
+
+def test_a_compiled_network():
+    results = []
+    for compiled in (False, True):
+        module, twice = seeded(Watched), Twice()
+        if compiled:
+            module.net.compile(backend="eager")
+        run(lambda module=module: module, lambda: (loader(), loader(2)), twice, max_epochs=2)
+        results.append({result.name: result.value for result in twice.passes[-1]})
+    assert equal(*results)
+
+
+def test_the_live_weights_beside_an_average_on_loan():
+    """The order of calls that an averaging callback needs: begin, lend; recall, evaluate again, lend."""
+
+    class Averages(Twice):
+        def on_fit_start(self, trainer, pl_module):
+            self.average = WeightAverage(pl_module, decay=Constant(0.5))
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            self.average.step()
+
+        def on_validation_start(self, trainer, pl_module):
+            self.live = clones(pl_module.state_dict())
+            self.begun = begin(trainer, pl_module)
+            self.average.lend()
+            self.averaged = clones(pl_module.state_dict())
+
+        def on_validation_epoch_end(self, trainer, pl_module):
+            self.average.loan.recall()
+            self.passes.append(evaluate_again(trainer, pl_module, self.begun))
+            assert equal(pl_module.state_dict(), self.live | {"seen": pl_module.seen})
+            self.average.lend()
+            log_again(pl_module, self.passes[-1], lambda name: f"{name}_live")
+
+        def on_validation_end(self, trainer, pl_module):
+            self.average.loan.recall()
+
+    class Counts(Regression):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.tensor(0))
+
+        def validation_step(self, batch, batch_idx):
+            self.seen += 1
+            super().validation_step(batch, batch_idx)
+
+        def on_validation_epoch_end(self):
+            self.log("seen", self.seen.float())
+            self.seen.zero_()
+
+    averages = Averages()
+    both = fit(seeded(Counts), averages, max_epochs=2, num_sanity_val_steps=0).callback_metrics
+    for ending, weights in (("_live", averages.live), ("", averages.averaged)):
+        module = seeded(Counts)
+        module.load_state_dict(weights)
+        alone = trainer()
+        alone.validate(module, loader(2), verbose=False)
+        assert both[f"val_loss{ending}"] == alone.callback_metrics["val_loss"]
+        assert both[f"seen{ending}"] == 2
+
+
+def test_pytorch_lightning_under_its_other_name():
+    import pytorch_lightning
+
+    class Other(pytorch_lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.losses = torch.nn.Linear(4, 1), []
+
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            self.losses.append(self.layer(batch[0]).sub(batch[1]).square().mean())
+            self.log("val_loss", self.losses[-1])
+
+        def on_validation_epoch_end(self):
+            self.log("count", float(len(self.losses)))
+
+    class TwiceOfOther(pytorch_lightning.Callback):
+        on_validation_start = Twice.on_validation_start
+
+        def on_validation_epoch_end(self, trainer, pl_module):
+            check(trainer)
+            log_again(pl_module, evaluate_again(trainer, pl_module, self.begun), lambda name: f"{name}_live")
+
+    this = pytorch_lightning.Trainer(accelerator="cpu", logger=False, callbacks=[TwiceOfOther()])
+    first, second = this.validate(Other(), [loader(2), loader(1)], verbose=False)
+    assert first["val_loss/dataloader_idx_0"] == first["val_loss_live/dataloader_idx_0"]
+    assert second["val_loss/dataloader_idx_1"] == second["val_loss_live/dataloader_idx_1"]
+    assert first["count"] == first["count_live"] == 3
