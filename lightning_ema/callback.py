@@ -127,6 +127,7 @@ class EMACallback(Callback):
         self._custody: Custody | None = None
         self._plan = Plan()
         self._skips_said = False
+        self._begun: second_pass.Begun | None = None
 
     @property
     def state_key(self) -> str:
@@ -229,19 +230,21 @@ class EMACallback(Callback):
     # --- an evaluation ----------------------------------------------------------------------------------------------
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin(trainer, pl_module)
         self._lend(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._evaluate_again(trainer, pl_module, "validation")
+        self._evaluate_again(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._recall()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin(trainer, pl_module)
         self._lend(trainer, pl_module)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._evaluate_again(trainer, pl_module, "test")
+        self._evaluate_again(trainer, pl_module)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._recall()
@@ -390,17 +393,26 @@ class EMACallback(Callback):
         if self._lends(pl_module) and self._custody is not None:
             self._custody.lend(self._batches(trainer))
 
-    def _evaluate_again(self, trainer: Trainer, pl_module: LightningModule, stage: second_pass.Stage) -> None:
-        custody = self._custody
-        mine = custody is not None and custody.average.module is pl_module and not custody.holds_file
-        if custody is None or not mine or trainer.sanity_checking:
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes what further passes are to find again; a file that is evaluated has none."""
+        loaded = not trainer_facts.is_fitting(trainer) and trainer.ckpt_path is not None
+        mine = self.average is not None and self.average.module is pl_module and not self._held().holds_file
+        due = mine and not loaded and not trainer.sanity_checking and self._further_passes()
+        self._begun = second_pass.begin(trainer, pl_module) if due else None
+
+    def _further_passes(self) -> dict[str, int | None]:
+        """What is evaluated beside the average: the suffix of its metrics and its place; None for the live weights."""
+        live: dict[str, int | None] = {"_live": None} if self.evaluate == "both" else {}
+        others = self.averages[1:] if self.others == "evaluate" else []
+        return {**live, **{f"/{self._label(average)}": place for place, average in enumerate(others, start=1)}}
+
+    def _evaluate_again(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        begun, self._begun = self._begun, None
+        if begun is None:
             return
-        passes: list[tuple[int | None, str]] = [(None, "_live")] if self.evaluate == "both" else []
-        if self.others == "evaluate":
-            passes += [(place, f"/{self._label(each)}") for place, each in enumerate(self.averages) if place > 0]
-        for place, suffix in passes:
-            with custody.instead(place, self._batches(trainer)):
-                results = second_pass.evaluate_again(trainer, pl_module, stage)
+        for suffix, place in self._further_passes().items():
+            carried = self._held().instead(place, self._batches(trainer))
+            results = second_pass.evaluate_again(trainer, pl_module, begun, carried)
             second_pass.log_again(pl_module, results, suffix)
 
     def _recall(self) -> None:

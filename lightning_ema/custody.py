@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, Literal
 
 import torch
@@ -65,7 +65,8 @@ class Custody:
     @property
     def lends(self) -> bool:
         """Whether an evaluation or a file is to be given the average, and the module does not carry it already."""
-        return self.gives_average and self.average.loan is None and not self.average.delivered
+        carried = self.average.lends == 0 and (self.average.loan is not None or self.average.delivered)
+        return self.gives_average and not carried
 
     @property
     def gives_average(self) -> bool:

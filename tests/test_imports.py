@@ -11,13 +11,13 @@ ROOT = Path(lightning_ema.__file__).parent
 LAYERS = [
     {"checks", "state"},
     {"schedules"},
-    {"compositions", "advice", "selection", "kernels", "steps"},
-    {"settings", "loan", "footprint", "recalibration"},
+    {"compositions", "advice", "selection", "kernels", "steps", "loaders", "randomness"},
+    {"settings", "loan", "footprint", "recalibration", "aside"},
     {"pairing"},
     {"course"},
     {"average"},
-    {"checkpoint", "trainer_facts", "module_hook", "training_batches"},
-    {"custody", "export"},
+    {"checkpoint", "trainer_facts", "module_hook", "training_batches", "evaluation_loop"},
+    {"custody", "export", "second_pass"},
     {"callback", "recipe"},
     {"recipes_openmmlab", "recipes_pytorch", "recipes_yolo"},
     {"recipes"},
@@ -32,7 +32,10 @@ ALLOWED_OUTSIDE = {
     "advice": set(),
     **{name: set() for name in ("recipe", "recipes_openmmlab", "recipes_pytorch", "recipes_yolo", "recipes")},
     "checkpoint": {"torch"},
-    **{name: {"lightning", "torch"} for name in ("callback", "module_hook", "training_batches")},
+    **{
+        name: {"lightning", "torch"}
+        for name in ("callback", "evaluation_loop", "module_hook", "second_pass", "training_batches")
+    },
     "trainer_facts": {"lightning", "pytorch_lightning"},
     "selection": {"torch", "torchmetrics"},
 }
