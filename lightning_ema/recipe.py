@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Real
 from typing import Literal, TypedDict
 
@@ -16,7 +17,7 @@ class Recipe(TypedDict, total=False):
     What the other system does not fix is left out, so that ``EMACallback(**recipe, start_epoch=2)`` can add it.
     """
 
-    decay: Schedule
+    decay: Schedule | Sequence[Schedule]
     every_n_steps: int
     start_step: int
     decay_per: DecayPer

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from collections.abc import Sequence
 
 from lightning_ema.checks import check_count, check_flag
 from lightning_ema.compositions import Equal, Power, Shifted, Then
@@ -196,23 +197,26 @@ def composer(
     )
 
 
-def edm2(std: float = 0.05) -> Recipe:
-    """EDM2's ``PowerFunctionEMA``: ``d = (1 - 1 / n) ** (gamma + 1)``, with ``gamma`` of the relative width ``std``.
+def edm2(stds: Sequence[float] = (0.05, 0.1)) -> Recipe:
+    """EDM2's ``PowerFunctionEMA``: ``d = (1 - 1 / n) ** (gamma + 1)``, with ``gamma`` of each width in ``stds``.
 
-    EDM2 tracks ``stds=[0.05, 0.1]``; this is one of them. It is exact at any ``every_n_steps``. Buffers are the live
-    ones. Source: Karras et al. 2024, arXiv 2312.02696.
+    It is exact at any ``every_n_steps``. Buffers are the live ones. Add ``snapshots=Snapshots(...)`` to give any other
+    width afterwards. Source: Karras et al. 2024, arXiv 2312.02696.
 
     Args:
-        std: standard deviation of the profile relative to the run, in (0, 0.2887].
+        stds: standard deviations of the profiles relative to the run, in (0, 0.2887]; one average for each.
 
-    >>> edm2(0.1)["decay"]
-    Power(sigma_rel=0.1)
+    >>> edm2()["decay"], edm2([0.1])["decay"]
+    ([Power(sigma_rel=0.05), Power(sigma_rel=0.1)], [Power(sigma_rel=0.1)])
     """
-    if isinstance(std, (list, tuple)):
-        raise TypeError(f"edm2: std is {std!r}; it is one number. Make one recipe for each, and one average of each.")
-    if positive(std, "edm2: std") > math.sqrt(1 / 12):
-        raise ValueError(f"edm2: std is {std!r}; it must lie in (0, 0.2887], where the upper end is the plain mean.")
-    return Recipe(decay=Power(sigma_rel=std), buffers="copy")
+    if not isinstance(stds, Sequence) or not stds:
+        raise TypeError(f"edm2: stds is {stds!r}; it must be a list of widths, such as [0.05, 0.1] or [0.1].")
+    for std in stds:
+        if positive(std, "edm2: stds") > math.sqrt(1 / 12):
+            raise ValueError(
+                f"edm2: {std!r} in stds; it must lie in (0, 0.2887], where the upper end is the plain mean."
+            )
+    return Recipe(decay=[Power(sigma_rel=std) for std in stds], buffers="copy")
 
 
 def torch_swa(use_buffers: bool = False) -> Recipe:

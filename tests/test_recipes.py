@@ -197,7 +197,7 @@ FOLLOWED = {  # recipe, rate of the n-th call, whether float buffers are average
         composer(0.8, every=3, start=6),
         True,
     ),
-    "edm2": (R.edm2(0.1), edm2(0.1), False),
+    "edm2": (R.edm2([0.1]), edm2(0.1), False),
     "torch swa": (R.torch_swa(), lambda n: 1 / n, False),
     "torch swa, buffers, every 3 from 4": (
         {**R.torch_swa(use_buffers=True), "start_step": 4, "every_n_steps": 3},
@@ -250,7 +250,7 @@ def test_edm2_is_exact_at_any_interval():
     """One update over delta steps: (1 - delta / t) ** (gamma + 1)."""
     gamma = edm2_gamma(0.1)
     rate = lambda t: 1 - (1 - 4 / t) ** (gamma + 1) if t % 4 == 0 else None  # noqa: E731
-    assert_follows(Reference(rate, buffers=False), {**recipes.edm2(0.1), "every_n_steps": 4}, compare_from=4)
+    assert_follows(Reference(rate, buffers=False), {**recipes.edm2([0.1]), "every_n_steps": 4}, compare_from=4)
 
 
 def test_composer_with_an_interval_from_the_beginning_has_the_initial_weights_in_it():
@@ -446,8 +446,8 @@ BAD = [
     (lambda: R.composer(ema_start="0.5dur"), "composer: ema_start is '0.5dur'; only batches"),
     (lambda: R.composer(None, 1.5), "composer: smoothing is 1.5"),
     (lambda: R.composer(ema_start="7ba", update_interval="5ba"), "multiple of update_interval, '5ba', such as '10ba'"),
-    (lambda: R.edm2(0.5), r"edm2: std is 0.5; it must lie in \(0, 0.2887\]"),
-    (lambda: R.edm2([0.05, 0.1]), "edm2: std is .*; it is one number"),
+    (lambda: R.edm2([0.1, 0.5]), r"edm2: 0.5 in stds; it must lie in \(0, 0.2887\]"),
+    (lambda: R.edm2(0.05), r"edm2: stds is 0.05; it must be a list of widths, such as \[0.05, 0.1\]"),
     (lambda: R.torch_averaged_model(2), "torch_averaged_model: decay is 2"),
     (lambda: R.lightning_ema_weight_averaging(update_every_n_steps=0), "update_every_n_steps is 0"),
     (lambda: R.lightning_ema_weight_averaging(update_starting_at_step=-1), "update_starting_at_step is -1"),
