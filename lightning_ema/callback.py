@@ -281,7 +281,7 @@ class EMACallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         self._drop_if_edited()
         self._absorb()
-        return {} if self._custody is None else self._custody.entry()
+        return {} if self._custody is None else {**self._custody.entry(), "config": self._config()}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self.average is not None and self.average.module is not pl_module:
@@ -302,7 +302,7 @@ class EMACallback(Callback):
         custody = self._new_custody(pl_module)
         if entry is not None:
             custody.resume(entry)
-            if changed := checkpoints.changes(entry, self.settings.describe()):
+            if changed := checkpoints.changes(entry, self._config()):
                 self._warn(
                     f"the checkpoint was written with other settings; those given now hold: {'; '.join(changed)}."
                 )
@@ -346,6 +346,10 @@ class EMACallback(Callback):
                 checkpoint["state_dict"] = custody.lasting(trainer.strategy.lightning_module_state_dict())
 
     # --- the steps of the above -------------------------------------------------------------------------------------
+
+    def _config(self) -> dict[str, str | int | bool]:
+        buffers = "recalibrate" if self.recalibrate_batches else self.settings.buffers
+        return {**self.settings.describe(), "buffers": buffers, "start_epoch": self.start_epoch}
 
     def _new_custody(self, pl_module: LightningModule) -> Custody:
         arguments = self.settings.as_arguments()

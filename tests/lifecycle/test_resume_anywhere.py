@@ -1,5 +1,7 @@
 """Promise 3, from every point at which Lightning can save: the resumed run ends where the uninterrupted one does."""
 
+import warnings
+
 import lightning
 import pytest
 import torch
@@ -259,6 +261,18 @@ class TestTheFile:
         callback = ema(**arguments)
         fit(seeded(), callback).save_checkpoint(tmp_path / "x.ckpt")
         return torch.load(tmp_path / "x.ckpt", weights_only=True), callback.state_key
+
+    @pytest.mark.parametrize(
+        "settings", [{}, {"start_epoch": 1}, {"start_epoch": 9}, {"decay": [0.9, Equal()]}, {"every_n_steps": 3}]
+    )
+    @pytest.mark.filterwarnings("ignore:every_n_steps", "ignore:.*longer than the whole run")
+    def test_the_same_settings_are_no_change(self, settings, tmp_path):
+        arguments = {"decay": 0.9, **settings}
+        fit(seeded(), EMACallback(**arguments)).save_checkpoint(tmp_path / "x.ckpt")
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            fit(seeded(), EMACallback(**arguments), max_epochs=3, ckpt_path=tmp_path / "x.ckpt")
+        assert not [str(w.message) for w in told if "other settings" in str(w.message)]
 
     def test_changed_settings_are_said_once_and_hold(self, tmp_path):
         self.written(tmp_path)
