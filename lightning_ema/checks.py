@@ -36,6 +36,12 @@ def check_positive(value: float, name: str, schedule: object) -> None:
         raise ValueError(f"{type(schedule).__name__}: {name} is {value!r}; it must be a positive, finite number.")
 
 
+def check_weight(value: float, name: str) -> None:
+    """Refuse what is not a finite number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
+        raise ValueError(f"{name} is {value!r}; it must be a finite number of at least 0.")
+
+
 def check_count(value: int, name: str, at_least: int) -> None:
     """Refuse what is not a whole number of at least ``at_least``."""
     if isinstance(value, bool) or not isinstance(value, int):

@@ -1,0 +1,201 @@
+"""A teacher for a LightningModule: the frozen average of its student, kept by the engine of ``EMACallback``."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_ema.teacher_callback import TeacherCallback
+from lightning_ema.teacher_config import MeanTeacherConfig
+
+_Base = LightningModule if TYPE_CHECKING else object
+
+_STUDENT, _TEACHER = "student.", "teacher."
+
+
+class MeanTeacherMixin(_Base):
+    """Gives a LightningModule with a ``student`` a ``teacher``: the average of the student's weights, frozen.
+
+    Example::
+
+        class Classifier(MeanTeacherMixin, LightningModule):
+            mean_teacher = MeanTeacherConfig(decay=0.999, consistency_weight=10.0, ramp_up_steps=1000)
+
+            def __init__(self):
+                super().__init__()
+                self.student = make_network()
+
+            def training_step(self, batch):
+                images, labels = batch["labeled"]
+                with self.teacher_view() as teacher:
+                    targets = teacher(batch["unlabeled"].weak)
+                unsupervised = consistency.mse(self.student(batch["unlabeled"].strong), targets)
+                supervised = cross_entropy(self.student(images), labels)
+                return supervised + self.consistency_weight() * unsupervised
+
+            def configure_optimizers(self):
+                return torch.optim.Adam(self.student.parameters())
+
+    Assigning ``self.student``, in ``__init__`` or ``configure_model``, makes ``self.teacher`` as a copy of it; where a
+    copy is not possible, assign a ``self.teacher`` of your own first. Both are plain submodules with plain keys in the
+    ``state_dict``. The teacher is set to the student once, when a fresh run starts, and follows it after each step.
+
+    Files without ``teacher.`` keys load the student into both; files of the bare network load into both, too.
+
+    Attributes:
+        mean_teacher: the settings; an attribute of the class, an argument of the constructor, or assigned before
+            training.
+        student: the network that is trained.
+        teacher: its average.
+
+    Args:
+        mean_teacher: the settings, in place of those of the class.
+    """
+
+    mean_teacher: MeanTeacherConfig = MeanTeacherConfig()
+    left_out_of_averages: Sequence[str] = ("teacher.*",)
+    """Patterns that an ``EMACallback`` beside leaves out."""
+
+    def __init__(self, *args: Any, mean_teacher: MeanTeacherConfig | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if mean_teacher is not None:
+            self.mean_teacher = mean_teacher
+        self._teacher_callback = TeacherCallback()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "student" and isinstance(value, nn.Module) and "teacher" not in self._modules:
+            self.teacher = _copied(value)
+        elif name == "teacher" and isinstance(value, nn.Module):
+            value.requires_grad_(False)
+            value.train(self.training and self.mean_teacher.teacher_mode == "train")
+
+    # --- in training ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def teacher_view(self) -> Iterator[nn.Module]:
+        """The teacher, for the length of a ``with`` block: without gradients, in its mode, under the run's precision.
+
+        Raises:
+            RuntimeError: the module overrides ``configure_callbacks`` and leaves the teacher's callback out.
+        """
+        self._check_followed()
+        teacher: nn.Module = self.teacher
+        wanted = self.training and self.mean_teacher.teacher_mode == "train"
+        if teacher.training != wanted:
+            teacher.train(wanted)
+        precision = nullcontext() if self._trainer is None else self._trainer.precision_plugin.forward_context()
+        with torch.no_grad(), precision:
+            yield teacher
+
+    def consistency_weight(self) -> float:
+        """The weight of the unsupervised loss at this step: 0 in the burn-in, then rising along the ramp."""
+        self._check_followed()
+        return self.mean_teacher.weight(self._teacher_callback.num_steps)
+
+    def train(self, mode: bool = True) -> Any:
+        """Sets the mode of all submodules; the teacher is in train mode only where ``teacher_mode`` says so."""
+        super().train(mode)
+        if "teacher" in self._modules:
+            self.teacher.train(mode and self.mean_teacher.teacher_mode == "train")
+        return self
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        self._check_followed()
+        return super().on_train_batch_start(batch, batch_idx)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The teacher's callback. A module that overrides this adds its own to ``super().configure_callbacks()``."""
+        return [*super().configure_callbacks(), self._teacher_callback]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._teacher_callback.absorb()  # for a weights-only file no hook of a callback is called
+        super().on_save_checkpoint(checkpoint)
+
+    # --- prediction and validation ----------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the network says that ``predict_on`` names; ``predict_step`` calls this."""
+        return self.networks()[self.mean_teacher.predict_on](*args, **kwargs)
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Teacher and student by name."""
+        return {"teacher": self.teacher, "student": self.student}
+
+    def log_both(self, metrics: nn.ModuleDict, targets: Any, run: Callable[[nn.Module], Any]) -> None:
+        """Updates the metrics of both networks with what each says of one batch, and logs them for the epoch.
+
+        Example::
+
+            self.scores = for_both(accuracy=MulticlassAccuracy(10))  # in __init__
+
+            def validation_step(self, batch):
+                images, labels = batch
+                self.log_both(self.scores, labels, lambda network: network(images))
+
+        Args:
+            metrics: made by :func:`for_both`; logged as ``teacher/<metric>`` and ``student/<metric>``.
+            targets: the second argument of the metrics.
+            run: gives the first one from a network.
+        """
+        for name, network in self.networks().items():
+            outputs = run(network)
+            for metric_name, metric in metrics[name].items():
+                metric.update(outputs, targets)
+                self.log(f"{name}/{metric_name}", metric)
+
+    # --- files ------------------------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads a file of this module, of a module with the student alone, or of the bare network."""
+        return super().load_state_dict(_filled(state_dict, self.state_dict().keys()), strict, assign)
+
+    def _check_followed(self) -> None:
+        trainer = self._trainer
+        if trainer is None or trainer.state.fn != "fit" or self._teacher_callback in trainer.callbacks:  # type: ignore[attr-defined]
+            return
+        raise RuntimeError(
+            f"{type(self).__name__}.configure_callbacks leaves the teacher's callback out, so that the teacher would "
+            "never follow. Write: return [*super().configure_callbacks(), ...]."
+        )
+
+
+def for_both(**metrics: Metric) -> nn.ModuleDict:
+    """Metrics of their own for teacher and student, to be given to :meth:`MeanTeacherMixin.log_both`."""
+    return nn.ModuleDict(
+        {name: nn.ModuleDict({key: metric.clone() for key, metric in metrics.items()}) for name in ("teacher", "student")}
+    )
+
+
+def _copied(student: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(student)
+    except Exception as error:
+        raise TypeError(
+            f"the student, a {type(student).__name__}, cannot be copied ({error}). Build the teacher as you build the "
+            "student, and assign it first: self.teacher = make_network(); self.student = make_network()."
+        ) from error
+
+
+def _filled(state_dict: Mapping[str, Any], own: Any) -> Mapping[str, Any]:
+    """The ``state_dict`` with what is missing of the teacher, or of both, filled in from what there is."""
+    if any(key.startswith(_TEACHER) for key in state_dict):
+        return state_dict
+    filled: OrderedDict[str, Tensor] = OrderedDict()
+    bare = not any(key.startswith(_STUDENT) for key in state_dict)
+    for key, value in state_dict.items():
+        name = key if bare else key.removeprefix(_STUDENT)
+        of_student = f"{_STUDENT}{name}" in own and (bare or name != key)
+        for new in (f"{_STUDENT}{name}", f"{_TEACHER}{name}") if of_student else (key,):
+            filled[new] = value
+    if hasattr(state_dict, "_metadata"):
+        filled._metadata = state_dict._metadata  # type: ignore[attr-defined]
+    return filled
