@@ -9,10 +9,10 @@ import lightning_ema
 
 ROOT = Path(lightning_ema.__file__).parent
 LAYERS = [
-    {"checks", "state"},
+    {"checks", "state", "ramps", "logits"},
     {"schedules"},
-    {"compositions", "advice", "selection", "kernels", "steps"},
-    {"settings", "loan", "footprint", "recalibration"},
+    {"compositions", "advice", "selection", "kernels", "steps", "consistency"},
+    {"settings", "loan", "footprint", "recalibration", "metrics"},
     {"pairing"},
     {"course"},
     {"average"},
@@ -26,12 +26,13 @@ ALLOWED_OUTSIDE = {
     "checks": set(),
     "state": {"torch"},
     "schedules": set(),
+    "ramps": set(),
     "compositions": set(),
     "advice": set(),
     "checkpoint": {"torch"},
     **{name: {"lightning", "torch"} for name in ("callback", "module_hook", "training_batches")},
     "trainer_facts": {"lightning", "pytorch_lightning"},
-    "selection": {"torch", "torchmetrics"},
+    **{name: {"torch", "torchmetrics"} for name in ("metrics", "selection")},
 }
 
 
