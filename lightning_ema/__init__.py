@@ -1,10 +1,17 @@
 """Weight averaging for PyTorch Lightning."""
 
+from lightning_ema import consistency
 from lightning_ema.average import WeightAverage
 from lightning_ema.callback import EMACallback
 from lightning_ema.compositions import Bema, CopyFirst, Debiased, Equal, Power, Scaled, Then
 from lightning_ema.export import export_average
 from lightning_ema.loan import Loan
+from lightning_ema.metrics import (
+    PseudoLabelAccuracy,
+    PseudoLabelRate,
+    RelativeWeightDistance,
+    TeacherStudentAgreement,
+)
 from lightning_ema.schedules import (
     Annealing,
     Constant,
@@ -35,11 +42,16 @@ __all__ = [
     "Loan",
     "Plan",
     "Power",
+    "PseudoLabelAccuracy",
+    "PseudoLabelRate",
     "Ramp",
+    "RelativeWeightDistance",
     "Scaled",
     "Schedule",
+    "TeacherStudentAgreement",
     "Then",
     "Warmup",
     "WeightAverage",
+    "consistency",
     "export_average",
 ]
