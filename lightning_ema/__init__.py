@@ -1,11 +1,17 @@
 """Weight averaging for PyTorch Lightning."""
 
-from lightning_ema import recipes
+from lightning_ema import consistency, recipes
 from lightning_ema.average import WeightAverage
 from lightning_ema.callback import EMACallback
 from lightning_ema.compositions import Bema, CopyFirst, Debiased, Equal, Power, Scaled, Shifted, Then
 from lightning_ema.export import export_average
 from lightning_ema.loan import Loan
+from lightning_ema.metrics import (
+    PseudoLabelAccuracy,
+    PseudoLabelRate,
+    RelativeWeightDistance,
+    TeacherStudentAgreement,
+)
 from lightning_ema.schedules import (
     Annealing,
     Constant,
@@ -18,6 +24,8 @@ from lightning_ema.schedules import (
     Schedule,
     Warmup,
 )
+from lightning_ema.teacher import MeanTeacherMixin, for_both
+from lightning_ema.teacher_config import MeanTeacherConfig
 
 __version__ = "0.1.0"
 
@@ -34,15 +42,23 @@ __all__ = [
     "HalfLife",
     "InversePower",
     "Loan",
+    "MeanTeacherConfig",
+    "MeanTeacherMixin",
     "Plan",
     "Power",
+    "PseudoLabelAccuracy",
+    "PseudoLabelRate",
     "Ramp",
+    "RelativeWeightDistance",
     "Scaled",
     "Schedule",
     "Shifted",
+    "TeacherStudentAgreement",
     "Then",
     "Warmup",
     "WeightAverage",
+    "consistency",
     "export_average",
+    "for_both",
     "recipes",
 ]

@@ -6,17 +6,20 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_ema.teacher_callback import TeacherCallback
 from lightning_ema.teacher_config import MeanTeacherConfig
 
-_Base = LightningModule if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule as _Base
+else:
+    _Base = object  # so that it goes with pytorch_lightning's LightningModule as well
 
 _STUDENT, _TEACHER = "student.", "teacher."
 
@@ -110,7 +113,7 @@ class MeanTeacherMixin(_Base):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         self._check_followed()
-        return super().on_train_batch_start(batch, batch_idx)
+        return cast("int | None", super().on_train_batch_start(batch, batch_idx))
 
     def configure_callbacks(self) -> list[Callback]:
         """The teacher's callback. A module that overrides this adds its own to ``super().configure_callbacks()``."""
@@ -148,8 +151,8 @@ class MeanTeacherMixin(_Base):
         """
         for name, network in self.networks().items():
             outputs = run(network)
-            for metric_name, metric in metrics[name].items():
-                metric.update(outputs, targets)
+            for metric_name, metric in cast(nn.ModuleDict, metrics[name]).items():
+                cast(Metric, metric).update(outputs, targets)
                 self.log(f"{name}/{metric_name}", metric)
 
     # --- files ------------------------------------------------------------------------------------------------------
@@ -160,7 +163,7 @@ class MeanTeacherMixin(_Base):
 
     def _check_followed(self) -> None:
         trainer = self._trainer
-        if trainer is None or trainer.state.fn != "fit" or self._teacher_callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if trainer is None or trainer.state.fn != "fit" or self._teacher_callback in trainer.callbacks:
             return
         raise RuntimeError(
             f"{type(self).__name__}.configure_callbacks leaves the teacher's callback out, so that the teacher would "
@@ -171,7 +174,10 @@ class MeanTeacherMixin(_Base):
 def for_both(**metrics: Metric) -> nn.ModuleDict:
     """Metrics of their own for teacher and student, to be given to :meth:`MeanTeacherMixin.log_both`."""
     return nn.ModuleDict(
-        {name: nn.ModuleDict({key: metric.clone() for key, metric in metrics.items()}) for name in ("teacher", "student")}
+        {
+            name: nn.ModuleDict({key: metric.clone() for key, metric in metrics.items()})
+            for name in ("teacher", "student")
+        }
     )
 
 

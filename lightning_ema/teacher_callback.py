@@ -194,7 +194,9 @@ def _check_optimizers(trainer: Trainer, pl_module: LightningModule) -> None:
 
 
 def _average(student: nn.Module, teacher: nn.Module, config: MeanTeacherConfig) -> WeightAverage:
-    narrow = [name for name, p in teacher.named_parameters() if p.is_floating_point() and torch.finfo(p.dtype).bits < 32]
+    narrow = [
+        name for name, p in teacher.named_parameters() if p.is_floating_point() and torch.finfo(p.dtype).bits < 32
+    ]
     if narrow:
         raise ValueError(
             f"the teacher's {narrow[0]} has 16 bits, in which an average stops moving. Train with "

@@ -61,7 +61,9 @@ class MeanTeacherConfig:
             self.decay, self.every_n_steps, 0, self.decay_per, None, (), False, "average", None, None, "ignore"
         )
         if len(settings.decays) > 1 or settings.decay.corrects:
-            raise ValueError(f"decay is {self.decay!r}; a teacher is one average, as it is. Write one number or Schedule.")
+            raise ValueError(
+                f"decay is {self.decay!r}; a teacher is one average, as it is. Write one number or Schedule."
+            )
         check_count(self.burn_in_steps, "burn_in_steps", at_least=0)
         check_choice(self.buffers, "buffers", get_args(TeacherBuffers))
         check_choice(self.teacher_mode, "teacher_mode", get_args(Mode))

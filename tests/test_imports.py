@@ -9,17 +9,17 @@ import lightning_ema
 
 ROOT = Path(lightning_ema.__file__).parent
 LAYERS = [
-    {"checks", "state"},
+    {"checks", "state", "ramps", "logits"},
     {"schedules"},
-    {"compositions", "advice", "selection", "kernels", "steps", "loaders", "randomness"},
-    {"settings", "loan", "footprint", "recalibration", "aside"},
+    {"compositions", "advice", "selection", "kernels", "steps", "consistency", "loaders", "randomness"},
+    {"settings", "loan", "footprint", "recalibration", "aside", "metrics"},
     {"pairing"},
     {"course"},
     {"average"},
     {"checkpoint", "trainer_facts", "module_hook", "training_batches", "evaluation_loop"},
-    {"custody", "export", "second_pass"},
-    {"callback", "recipe"},
-    {"recipes_openmmlab", "recipes_pytorch", "recipes_yolo"},
+    {"custody", "export", "second_pass", "teacher_config"},
+    {"callback", "recipe", "teacher_callback"},
+    {"teacher", "recipes_openmmlab", "recipes_pytorch", "recipes_yolo"},
     {"recipes"},
     {"__init__", "__main__"},
 ]
@@ -28,16 +28,21 @@ ALLOWED_OUTSIDE = {
     "checks": set(),
     "state": {"torch"},
     "schedules": set(),
+    "ramps": set(),
     "compositions": set(),
     "advice": set(),
     **{name: set() for name in ("recipe", "recipes_openmmlab", "recipes_pytorch", "recipes_yolo", "recipes")},
     "checkpoint": {"torch"},
     **{
         name: {"lightning", "torch"}
-        for name in ("callback", "evaluation_loop", "module_hook", "second_pass", "training_batches")
+        for name in (
+            *("callback", "evaluation_loop", "module_hook", "second_pass", "teacher_callback", "training_batches"),
+        )
     },
+    "teacher": {"lightning", "torch", "torchmetrics"},
+    "teacher_config": set(),
     "trainer_facts": {"lightning", "pytorch_lightning"},
-    "selection": {"torch", "torchmetrics"},
+    **{name: {"torch", "torchmetrics"} for name in ("metrics", "selection")},
 }
 
 
