@@ -353,6 +353,7 @@ class EMACallback(Callback):
 
     def _new_custody(self, pl_module: LightningModule) -> Custody:
         arguments = self.settings.as_arguments()
+        arguments["exclude"] = (*self.settings.exclude, *getattr(pl_module, "left_out_of_averages", ()))
         if self.start_epoch > 0:
             arguments["start_step"] = UNTIL_EPOCH
         return Custody(WeightAverage(pl_module, **arguments), self.evaluate != "live", self.recalibrate_batches > 0)

@@ -15,6 +15,7 @@ from torchmetrics import Metric
 
 from lightning_ema.teacher_callback import TeacherCallback
 from lightning_ema.teacher_config import MeanTeacherConfig
+from lightning_ema.trainer_facts import callbacks
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule as _Base
@@ -71,7 +72,7 @@ class MeanTeacherMixin(_Base):
         super().__init__(*args, **kwargs)
         if mean_teacher is not None:
             self.mean_teacher = mean_teacher
-        self._teacher_callback = TeacherCallback()
+        self.teacher_callback = TeacherCallback()
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -102,7 +103,7 @@ class MeanTeacherMixin(_Base):
     def consistency_weight(self) -> float:
         """The weight of the unsupervised loss at this step: 0 in the burn-in, then rising along the ramp."""
         self._check_followed()
-        return self.mean_teacher.weight(self._teacher_callback.num_steps)
+        return self.mean_teacher.weight(self.teacher_callback.num_steps)
 
     def train(self, mode: bool = True) -> Any:
         """Sets the mode of all submodules; the teacher is in train mode only where ``teacher_mode`` says so."""
@@ -113,14 +114,15 @@ class MeanTeacherMixin(_Base):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         self._check_followed()
-        return cast("int | None", super().on_train_batch_start(batch, batch_idx))
+        return super().on_train_batch_start(batch, batch_idx)
 
     def configure_callbacks(self) -> list[Callback]:
         """The teacher's callback. A module that overrides this adds its own to ``super().configure_callbacks()``."""
-        return [*super().configure_callbacks(), self._teacher_callback]
+        others = super().configure_callbacks()
+        return [*([others] if isinstance(others, Callback) else others), self.teacher_callback]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._teacher_callback.absorb()  # for a weights-only file no hook of a callback is called
+        self.teacher_callback.absorb()  # for a weights-only file no hook of a callback is called
         super().on_save_checkpoint(checkpoint)
 
     # --- prediction and validation ----------------------------------------------------------------------------------
@@ -131,7 +133,7 @@ class MeanTeacherMixin(_Base):
 
     def networks(self) -> dict[str, nn.Module]:
         """Teacher and student by name."""
-        return {"teacher": self.teacher, "student": self.student}
+        return {"teacher": self.get_submodule("teacher"), "student": self.get_submodule("student")}
 
     def log_both(self, metrics: nn.ModuleDict, targets: Any, run: Callable[[nn.Module], Any]) -> None:
         """Updates the metrics of both networks with what each says of one batch, and logs them for the epoch.
@@ -152,7 +154,8 @@ class MeanTeacherMixin(_Base):
         for name, network in self.networks().items():
             outputs = run(network)
             for metric_name, metric in cast(nn.ModuleDict, metrics[name]).items():
-                cast(Metric, metric).update(outputs, targets)
+                metric = cast(Metric, metric)
+                metric.update(outputs, targets)
                 self.log(f"{name}/{metric_name}", metric)
 
     # --- files ------------------------------------------------------------------------------------------------------
@@ -163,7 +166,7 @@ class MeanTeacherMixin(_Base):
 
     def _check_followed(self) -> None:
         trainer = self._trainer
-        if trainer is None or trainer.state.fn != "fit" or self._teacher_callback in trainer.callbacks:
+        if trainer is None or trainer.state.fn != "fit" or self.teacher_callback in callbacks(trainer):
             return
         raise RuntimeError(
             f"{type(self).__name__}.configure_callbacks leaves the teacher's callback out, so that the teacher would "

@@ -1,0 +1,485 @@
+"""The teacher of a LightningModule: when it is made, how it follows, what files give it, what is refused."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from helpers import BATCHES, clones, equal, fit, loader, seeded
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torchmetrics import MeanSquaredError
+
+from lightning_ema import (
+    Bema,
+    Constant,
+    EMACallback,
+    MeanTeacherConfig,
+    MeanTeacherMixin,
+    Then,
+    Warmup,
+    consistency,
+    for_both,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def network():
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.ReLU(), nn.Linear(8, 1))
+
+
+class Taught(MeanTeacherMixin, LightningModule):
+    """A regression with a consistency loss: nothing here is a class or a logit."""
+
+    mean_teacher = MeanTeacherConfig(decay=Constant(0.5))
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.student = network()
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        with self.teacher_view() as teacher:
+            targets = teacher(x)
+        outputs = self.student(x)
+        supervised = nn.functional.mse_loss(outputs, y)
+        return supervised + self.consistency_weight() * consistency.mse_outputs(outputs, targets)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", nn.functional.mse_loss(self(batch[0]), batch[1]))
+
+    def predict_step(self, batch, batch_idx):
+        return self(batch[0])
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.student.parameters(), 0.02)
+
+
+class Path(Callback):
+    """The student's state after each batch, and the teacher's."""
+
+    def __init__(self):
+        self.students, self.teachers = [], []
+
+    def on_train_start(self, trainer, pl_module):
+        self.students.append(clones(pl_module.student.state_dict()))
+        self.teachers.append(clones(pl_module.teacher.state_dict()))
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if len(self.students) > 1:
+            self.teachers.append(clones(pl_module.teacher.state_dict()))
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.students.append(clones(pl_module.student.state_dict()))
+
+    def on_train_end(self, trainer, pl_module):
+        self.teachers.append(clones(pl_module.teacher.state_dict()))
+
+
+def path(config, make=Taught, **kwargs):
+    module, seen = seeded(make), Path()
+    module.mean_teacher = config
+    fit(module, seen, **kwargs)
+    return module, seen
+
+
+class TestIsMade:
+    def test_by_assigning_the_student(self):
+        module = seeded(Taught)
+        assert equal(module.student.state_dict(), module.teacher.state_dict())
+        assert all(a is not b for a, b in zip(module.student.parameters(), module.teacher.parameters(), strict=True))
+        assert not any(p.requires_grad for p in module.teacher.parameters())
+        assert all(p.requires_grad for p in module.student.parameters())
+
+    def test_in_configure_model(self):
+        class Late(Taught):
+            def __init__(self):
+                LightningModule.__init__(self)
+                MeanTeacherMixin.__init__(self)
+
+            def configure_model(self):
+                if not hasattr(self, "student"):
+                    self.student = network()
+
+        module = seeded(Late)
+        fit(module)
+        assert module.teacher_callback.num_steps == 2 * BATCHES
+
+    def test_unless_the_module_has_one(self):
+        class Own(Taught):
+            def __init__(self):
+                super(Taught, self).__init__()
+                self.teacher = network()
+                self.own = self.teacher
+                self.student = network()
+
+        module = Own()
+        assert module.teacher is module.own and not any(p.requires_grad for p in module.own.parameters())
+        assert not equal(module.student.state_dict(), module.teacher.state_dict())
+        fit(module, max_steps=1)
+
+    def test_a_student_that_cannot_be_copied_is_told_the_way(self):
+        class Locked(nn.Linear):
+            def __deepcopy__(self, memo):
+                raise RuntimeError("holds a lock")
+
+        class Holds(Taught):
+            def __init__(self):
+                super(Taught, self).__init__()
+                self.student = Locked(4, 1)
+
+        with pytest.raises(
+            TypeError, match=r"a Locked, cannot be copied \(holds a lock\).*self.teacher = make_network"
+        ):
+            Holds()
+
+
+@pytest.mark.parametrize(("mode", "in_training"), [("eval", False), ("train", True)])
+def test_it_keeps_its_mode(mode, in_training):
+    class Sees(Taught):
+        mean_teacher = MeanTeacherConfig(teacher_mode=mode)
+        modes = ()
+
+        def training_step(self, batch, batch_idx):
+            with self.teacher_view() as teacher:
+                self.modes += (all(m.training for m in teacher.modules()) and torch.is_grad_enabled() is False,)
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            assert not any(m.training for m in self.teacher.modules())
+            super().validation_step(batch, batch_idx)
+
+    module = seeded(Sees)
+    assert module.teacher.training is in_training
+    module.eval()
+    assert not module.teacher.training
+    module.train()
+    assert module.teacher.training is in_training and module.student.training
+    fit(module)
+    assert module.modes == (in_training,) * 2 * BATCHES
+
+
+class TestFollows:
+    @pytest.mark.parametrize("buffers", ["ignore", "copy", "average"])
+    def test_by_hand(self, buffers):
+        module, seen = path(MeanTeacherConfig(decay=Constant(0.75), buffers=buffers))
+        teacher = seen.students[0]
+        assert equal(seen.teachers[0], teacher)
+        for student, found in zip(seen.students[1:], seen.teachers[1:], strict=True):
+            teacher = {
+                name: 0.75 * teacher[name] + 0.25 * value if self.averaged(name, value, buffers) else
+                (teacher[name] if buffers == "ignore" else value)
+                for name, value in student.items()
+            }  # fmt: skip
+            for name, value in teacher.items():
+                torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6, msg=name)
+        assert module.teacher_callback.num_steps == 2 * BATCHES
+
+    @staticmethod
+    def averaged(name, value, buffers):
+        buffer = name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+        return value.is_floating_point() and (not buffer or buffers == "average")
+
+    def test_a_burn_in_copies_and_has_no_unsupervised_loss(self):
+        weights = []
+
+        class Weighs(Taught):
+            def training_step(self, batch, batch_idx):
+                weights.append(self.consistency_weight())
+                return super().training_step(batch, batch_idx)
+
+        config = MeanTeacherConfig(decay=Constant(0.5), burn_in_steps=3, consistency_weight=4.0, ramp_up_steps=4,
+                                   ramp="linear")  # fmt: skip
+        _, seen = path(config, Weighs)
+        for step in range(4):
+            assert equal(seen.teachers[step], seen.students[step])
+        assert not equal(seen.teachers[4], seen.students[4])
+        assert weights == [0, 0, 0, 0, 1, 2, 3, 4, 4, 4, 4, 4]
+
+    def test_every_n_steps_and_accumulation_count_steps(self):
+        config = MeanTeacherConfig(decay=Constant(0.5), every_n_steps=2)
+        module, seen = path(config, accumulate_grad_batches=2, max_epochs=1)
+        assert module.teacher_callback.num_steps == 3
+        assert module.teacher_callback.average.num_updates == 1
+        expected = 0.25 * seen.students[0]["0.weight"] + 0.75 * seen.students[4]["0.weight"]
+        torch.testing.assert_close(seen.teachers[-1]["0.weight"], expected)
+
+    def test_manual_optimization_with_two_optimizers(self):
+        class Manual(Taught):
+            def __init__(self):
+                super().__init__()
+                self.automatic_optimization = False
+
+            def training_step(self, batch, batch_idx):
+                for optimizer in self.optimizers():
+                    optimizer.zero_grad()
+                    self.manual_backward(super().training_step(batch, batch_idx))
+                    optimizer.step()
+
+            def configure_optimizers(self):
+                parts = [self.student[0].parameters(), self.student[4].parameters()]
+                return [torch.optim.SGD(part, 0.01) for part in parts]
+
+        module, _ = path(MeanTeacherConfig(), Manual)
+        assert module.teacher_callback.num_steps == 2 * BATCHES
+
+    def test_no_memory_but_the_teachers(self):
+        module, _ = path(MeanTeacherConfig())
+        teachers = {t.data_ptr() for t in module.teacher.state_dict().values()}
+        assert {t.data_ptr() for _, t in module.teacher_callback.average.named_tensors()} <= teachers
+
+    def test_layers_frozen_at_the_start_are_the_students(self):
+        class Freezes(Taught):
+            def __init__(self):
+                super().__init__()
+                self.student[0].requires_grad_(False)
+
+            def on_train_start(self):
+                super().on_train_start()
+                assert torch.equal(self.student[0].weight, self.teacher[0].weight)
+
+        module = seeded(Freezes)
+        with torch.no_grad():
+            module.student[0].weight.add_(1)
+        fit(module, max_epochs=1)
+        assert torch.equal(module.student[0].weight, module.teacher[0].weight)
+
+
+class TestStart:
+    def test_the_teacher_is_set_to_the_student_once(self):
+        module = seeded(Taught)
+        with torch.no_grad():
+            module.teacher[0].weight.fill_(7.0)
+        seen = Path()
+        this = fit(module, seen, max_epochs=1)
+        assert equal(seen.teachers[0], seen.students[0])
+        before = clones(module.teacher.state_dict())
+        this.fit_loop.max_epochs = 2
+        again = Path()
+        this.callbacks.append(again)
+        this.fit(module, loader(), loader(2))
+        assert equal(again.teachers[0], before)  # a further fit goes on
+        assert module.teacher_callback.num_steps == 2 * BATCHES
+
+    def test_a_new_trainer_is_a_fresh_run(self):
+        module = seeded(Taught)
+        fit(module, max_epochs=1)
+        seen = Path()
+        fit(module, seen, max_epochs=1)
+        assert equal(seen.teachers[0], seen.students[0])
+        assert module.teacher_callback.num_steps == BATCHES
+
+    def test_resuming_never_sets_it(self, tmp_path):
+        fit(seeded(Taught), max_epochs=1).save_checkpoint(tmp_path / "x.ckpt")
+        saved = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
+        seen, module = Path(), seeded(Taught)
+        fit(module, seen, max_epochs=2, ckpt_path=tmp_path / "x.ckpt")
+        assert equal({f"teacher.{n}": v for n, v in seen.teachers[0].items()},
+                     {n: v for n, v in saved.items() if n.startswith("teacher.")})  # fmt: skip
+        assert not equal(seen.teachers[0], seen.students[0])
+
+    def test_resuming_from_a_file_without_a_teacher_begins_its_count(self, tmp_path):
+        class Plain(Taught):
+            def configure_callbacks(self):
+                return []
+
+            def training_step(self, batch, batch_idx):
+                return nn.functional.mse_loss(self.student(batch[0]), batch[1])
+
+            def on_train_batch_start(self, batch, batch_idx):
+                return None
+
+        fit(seeded(Plain), max_epochs=1).save_checkpoint(tmp_path / "x.ckpt")
+        module = seeded(Taught)
+        fit(module, max_epochs=2, ckpt_path=tmp_path / "x.ckpt")
+        assert module.teacher_callback.num_steps == BATCHES
+
+
+class TestFiles:
+    def test_keys_are_plain(self):
+        keys = set(Taught().state_dict())
+        assert keys == {f"{role}.{name}" for role in ("student", "teacher") for name in network().state_dict()}
+
+    @pytest.mark.parametrize("prefix", ["", "student."])
+    def test_a_file_of_the_student_alone_loads_into_both(self, prefix, tmp_path):
+        weights = network().state_dict()
+        file = {"state_dict": {prefix + n: v for n, v in weights.items()}, "pytorch-lightning_version": "2.4.0"}
+        torch.save(file, tmp_path / "x.ckpt")
+        module = Taught.load_from_checkpoint(tmp_path / "x.ckpt")
+        assert equal(module.student.state_dict(), weights) and equal(module.teacher.state_dict(), weights)
+
+    def test_a_file_of_both_keeps_them_apart(self, tmp_path):
+        module = seeded(Taught)
+        fit(module).save_checkpoint(tmp_path / "x.ckpt", weights_only=True)
+        loaded = Taught.load_from_checkpoint(tmp_path / "x.ckpt")
+        assert equal(loaded.state_dict(), module.state_dict())
+        assert not equal(loaded.student.state_dict(), loaded.teacher.state_dict())
+
+    def test_what_really_is_missing_is_still_told(self):
+        weights = network().state_dict()
+        del weights["4.bias"]
+        with pytest.raises(RuntimeError, match=r"Missing key.*student.4.bias.*teacher.4.bias"):
+            Taught().load_state_dict(weights)
+        with pytest.raises(RuntimeError, match=r"Unexpected key.*other"):
+            Taught().load_state_dict({**network().state_dict(), "other": torch.zeros(1)})
+
+    def test_a_module_can_be_copied_and_pickled(self):
+        module = seeded(Taught)
+        fit(module)
+        module.trainer = None
+        for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            assert equal(twin.state_dict(), module.state_dict())
+            fit(twin, max_epochs=1)
+            assert not equal(twin.teacher.state_dict(), module.teacher.state_dict())
+            assert module.teacher_callback.average.module is module.student
+
+
+class TestPrediction:
+    @pytest.mark.parametrize("network_name", ["teacher", "student"])
+    def test_forward_and_predict(self, network_name):
+        module = seeded(Taught)
+        module.mean_teacher = MeanTeacherConfig(predict_on=network_name)
+        this = fit(module)
+        chosen = getattr(module, network_name).eval()
+        batches = this.predict(module, loader(1))
+        with torch.no_grad():
+            assert torch.equal(batches[0], chosen(next(iter(loader(1)))[0]))
+
+    def test_both_are_scored_in_one_pass(self):
+        seen = []
+
+        class Scores(Taught):
+            def __init__(self):
+                super().__init__()
+                self.scores = for_both(mse=MeanSquaredError())
+
+            def validation_step(self, batch, batch_idx):
+                seen.append(batch_idx)
+                self.log_both(self.scores, batch[1], lambda network: network(batch[0]))
+
+        module = seeded(Scores)
+        this = fit(module, max_epochs=1, num_sanity_val_steps=0)
+        assert seen == [0, 1]
+        x, y = (torch.cat(parts) for parts in zip(*loader(2), strict=True))
+        module.eval()
+        for name in ("teacher", "student"):
+            with torch.no_grad():
+                expected = nn.functional.mse_loss(getattr(module, name)(x), y)
+            assert this.callback_metrics[f"{name}/mse"] == pytest.approx(expected.item())
+        assert this.callback_metrics["teacher/mse"] != this.callback_metrics["student/mse"]
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("resumed", [False, True])
+    def test_a_teacher_in_an_optimizer(self, resumed, tmp_path):
+        class Mistaken(Taught):
+            def configure_optimizers(self):
+                return torch.optim.Adam(self.parameters(), 0.02)
+
+        fit(seeded(Taught), max_epochs=1).save_checkpoint(tmp_path / "x.ckpt")
+        message = r"holds 6 parameters of the teacher: teacher.0.weight, .* write self.student.parameters\(\)"
+        with pytest.raises(ValueError, match=message):
+            fit(seeded(Mistaken), ckpt_path=tmp_path / "x.ckpt" if resumed else None)
+
+    def test_callbacks_without_super(self):
+        class Forgets(Taught):
+            def configure_callbacks(self):
+                return [ModelCheckpoint()]
+
+        with pytest.raises(RuntimeError, match=r"Forgets.configure_callbacks leaves the teacher's callback out"):
+            fit(seeded(Forgets))
+
+    def test_callbacks_with_super(self):
+        class Adds(Taught):
+            def configure_callbacks(self):
+                return [*super().configure_callbacks(), ModelCheckpoint(save_top_k=0)]
+
+        module = seeded(Adds)
+        fit(module, enable_checkpointing=True)
+        assert module.teacher_callback.num_steps == 2 * BATCHES
+
+    def test_no_student(self):
+        class Empty(Taught):
+            def __init__(self):
+                super(Taught, self).__init__()
+                self.net = nn.Linear(4, 1)
+
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.net.parameters(), 0.1)
+
+        with pytest.raises(ValueError, match=r"Empty has no student: assign the network to train, self.student = "):
+            fit(Empty())
+
+    def test_16_bits(self):
+        with pytest.raises(ValueError, match=r"teacher's 0.weight has 16 bits.*precision='bf16-mixed'"):
+            fit(seeded(Taught), precision="bf16-true")
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"decay": 1.5}, r"decay is 1.5; it must lie in \[0, 1\]"),
+            ({"decay": [0.9, 0.99]}, "a teacher is one average"),
+            ({"decay": Bema()}, "a teacher is one average"),
+            ({"every_n_steps": 0}, "every_n_steps is 0"),
+            ({"decay_per": "epoch"}, "decay_per is 'epoch'"),
+            ({"burn_in_steps": -1}, "burn_in_steps is -1"),
+            ({"buffers": "average "}, "buffers is 'average '; accepted are 'ignore', 'copy', 'average'"),
+            ({"teacher_mode": "test"}, "teacher_mode is 'test'; accepted are 'eval', 'train'"),
+            ({"predict_on": "both"}, "predict_on is 'both'; accepted are 'teacher', 'student'"),
+            ({"consistency_weight": -1.0}, "consistency_weight is -1.0; it must be a finite number of at least 0"),
+            ({"ramp_up_steps": -5}, "ramp_up_steps is -5"),
+            ({"ramp": "steep"}, "ramp is 'steep'; accepted are 'sigmoid', 'linear', 'cosine'"),
+        ],
+    )
+    def test_settings(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            MeanTeacherConfig(**arguments)
+
+
+class TestBesideAnEMACallback:
+    @pytest.mark.parametrize("include_frozen", [False, True])
+    def test_it_leaves_the_teacher_out(self, include_frozen, tmp_path):
+        ema = EMACallback(0.9, include_frozen=include_frozen)
+        module = seeded(Taught)
+        this = fit(module, ema)
+        names = {name for name, _ in ema.average.named_tensors()}
+        assert names and all(name.startswith("student.") for name in names)
+        this.save_checkpoint(tmp_path / "x.ckpt")
+        again, other = EMACallback(0.9, include_frozen=include_frozen), seeded(Taught)
+        fit(other, again, max_epochs=3, ckpt_path=tmp_path / "x.ckpt")
+        whole, module = EMACallback(0.9, include_frozen=include_frozen), seeded(Taught)
+        fit(module, whole, max_epochs=3)
+        assert again.average.num_steps == whole.average.num_steps == module.teacher_callback.num_steps
+
+    def test_the_teachers_callback_is_no_superclass_of_others(self):
+        ema = EMACallback(0.9)
+        this = fit(seeded(Taught), ema)
+        assert ema in this.callbacks
+
+
+def test_the_schedule_counts_after_the_burn_in():
+    config = MeanTeacherConfig(decay=0.99, burn_in_steps=10)
+    assert config.schedule == Then(0.0, at=10, second=Warmup(0.99))
+    assert MeanTeacherConfig(decay=Constant(0.9)).schedule == Constant(0.9)
+
+
+def test_a_view_outside_of_a_trainer():
+    module = seeded(Taught)
+    with module.teacher_view() as teacher:
+        assert teacher is module.teacher and not torch.is_grad_enabled() and not teacher.training
+    assert torch.is_grad_enabled()
+
+
+def test_the_view_has_the_trainers_precision():
+    dtypes = []
+
+    class Casts(Taught):
+        def training_step(self, batch, batch_idx):
+            with self.teacher_view() as teacher:
+                dtypes.append(teacher(batch[0]).dtype)
+            return super().training_step(batch, batch_idx)
+
+    fit(seeded(Casts), precision="bf16-mixed", max_steps=1, limit_val_batches=0)
+    assert dtypes == [torch.bfloat16]
