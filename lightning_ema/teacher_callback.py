@@ -133,6 +133,7 @@ class TeacherCallback(Callback):
         self.absorb()  # into tensors that the file's state_dict refers to
 
     def state_dict(self) -> dict[str, Any]:
+        self.absorb()
         if self._average is None:
             return {} if self._loaded is None else self._loaded
         state = {name: value for name, value in self._average.state_dict().items() if name not in _OF_TENSORS}
