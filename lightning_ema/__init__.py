@@ -7,8 +7,8 @@ from lightning_ema.compositions import Bema, CopyFirst, Debiased, Equal, Power, 
 from lightning_ema.export import export_average
 from lightning_ema.loan import Loan
 from lightning_ema.metrics import (
+    PseudoLabelAcceptance,
     PseudoLabelAccuracy,
-    PseudoLabelRate,
     RelativeWeightDistance,
     TeacherStudentAgreement,
 )
@@ -46,8 +46,8 @@ __all__ = [
     "MeanTeacherMixin",
     "Plan",
     "Power",
+    "PseudoLabelAcceptance",
     "PseudoLabelAccuracy",
-    "PseudoLabelRate",
     "Ramp",
     "RelativeWeightDistance",
     "Scaled",

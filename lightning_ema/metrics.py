@@ -5,7 +5,7 @@ size of a batch nor its process matters. None of them is ever NaN because nothin
 gives then.
 
 >>> from lightning_ema.consistency import pseudo_labels
->>> rate = PseudoLabelRate()
+>>> rate = PseudoLabelAcceptance()
 >>> labels, mask = pseudo_labels(torch.tensor([[9.0, 0.0], [0.1, 0.0], [0.0, 9.0], [0.2, 0.0]]), threshold=0.95)
 >>> rate.update(mask)
 >>> rate.compute()
@@ -42,7 +42,7 @@ class _Share(Metric):
         return self.hits / self.total.clamp(min=1)
 
 
-class PseudoLabelRate(_Share):
+class PseudoLabelAcceptance(_Share):
     """The share of positions whose pseudo-label was accepted: accepted / all; 0 where there were none.
 
     Positions are samples, or pixels in segmentation.
@@ -65,7 +65,7 @@ class PseudoLabelRate(_Share):
 class PseudoLabelAccuracy(_Share):
     """The share of accepted pseudo-labels that are right: right / (accepted and known); 0 where there were none.
 
-    So 0 may mean that nothing was accepted: log :class:`PseudoLabelRate` beside it.
+    So 0 may mean that nothing was accepted: log :class:`PseudoLabelAcceptance` beside it.
     """
 
     higher_is_better = True

@@ -287,20 +287,35 @@ def test_under_autocast_the_loss_is_that_of_the_outputs_in_float32(name):
 
 
 @every_loss
-def test_targets_from_inference_mode_can_be_learned_from(loss):
+@pytest.mark.parametrize("weights", [None, torch.bool, torch.float32])
+def test_targets_from_inference_mode_can_be_learned_from(loss, weights):
     """Autograd refuses to keep such tensors for the backward pass."""
-    student = random(4, 3).requires_grad_()
+    student, expected = random(4, 3).requires_grad_(), random(4, 3).requires_grad_()
     with torch.inference_mode():
         teacher = random(4, 3, seed=1)
         labels, mask = pseudo_labels(teacher, 0.4)
-    loss(student, teacher, mask).backward()
-    cross_entropy(student, labels, mask).backward()
-    expected = random(4, 3).requires_grad_()
-    loss(expected, teacher.clone(), mask.clone()).backward()
-    cross_entropy(expected, labels.clone(), mask.clone()).backward()
+        masks = () if weights is None else (mask.to(weights),)
+    for z, made in ((student, lambda x: x), (expected, torch.clone)):
+        loss(z, made(teacher), *map(made, masks)).backward()
+        cross_entropy(z, made(labels), *map(made, masks)).backward()
     assert torch.equal(student.grad, expected.grad) and student.grad.abs().sum() > 0
     with torch.inference_mode():
         assert loss(student, teacher).item() == loss(student.detach(), teacher).item()
+
+
+@every_loss
+def test_no_gradient_flows_to_weights_in_the_mask(loss):
+    weights = torch.tensor([0.5, 1.0], requires_grad=True)
+    loss(random(2, 3).requires_grad_(), random(2, 3, seed=1), weights).backward()
+    assert weights.grad is None
+
+
+@pytest.mark.parametrize("name", CLASSIFIER_LOSSES)
+def test_a_masked_position_may_rule_out_the_class_that_fills_its_target(name):
+    student = random(2, 3).index_put((torch.tensor(1), torch.tensor(0)), torch.tensor(-math.inf)).requires_grad_()
+    value = LOSSES[name](student, random(2, 3, seed=1), torch.tensor([True, False]))
+    value.backward()
+    assert value.isfinite() and student.grad.isfinite().all() and student.grad[1].tolist() == [0, 0, 0]
 
 
 @every_loss

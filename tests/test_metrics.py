@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_ema import PseudoLabelAccuracy, PseudoLabelRate, RelativeWeightDistance, TeacherStudentAgreement
+from lightning_ema import PseudoLabelAcceptance, PseudoLabelAccuracy, RelativeWeightDistance, TeacherStudentAgreement
 
 ONE_HOT = torch.eye(3)
 ACCEPTED = [torch.tensor(mask).bool() for mask in ([True, False, True], [False], [[True, True], [False, False]], [])]
@@ -19,7 +19,7 @@ def batches():
     labels, truth = torch.tensor([0, 1, 2, 2]), torch.tensor([0, 2, 2, -1])
     student = [torch.tensor([3.0, 4.0]), torch.zeros(2)]
     return {
-        PseudoLabelRate: ([(mask,) for mask in ACCEPTED], 4 / 8),
+        PseudoLabelAcceptance: ([(mask,) for mask in ACCEPTED], 4 / 8),
         PseudoLabelAccuracy: (
             [
                 (labels, torch.tensor([True, True, False, True]), truth),  # right, wrong, not accepted, not known
@@ -105,7 +105,7 @@ def test_metrics_can_be_copied_cast_and_add_nothing_to_a_state_dict(kind, update
 
 def test_many_small_shares_are_counted_exactly():
     """A mean of float32 would lose the ones against the millions."""
-    metric = PseudoLabelRate()
+    metric = PseudoLabelAcceptance()
     metric.total += 2**24
     for _ in range(3):
         metric.update(torch.tensor([True]))
@@ -206,7 +206,7 @@ def test_weights_that_cannot_be_compared_are_refused(student, teacher, error, me
 def test_bad_batches_are_refused():
     labels, mask = torch.tensor([0, 1]), torch.tensor([True, False])
     for kind, update, error, message in [
-        (PseudoLabelRate, (mask.float(),), TypeError, "mask is a tensor of float32.*must be a tensor of bool"),
+        (PseudoLabelAcceptance, (mask.float(),), TypeError, "mask is a tensor of float32.*must be a tensor of bool"),
         (PseudoLabelAccuracy, (labels, mask.float(), labels), TypeError, "mask is a tensor of float32"),
         (PseudoLabelAccuracy, (labels.float(), mask, labels), TypeError, "^labels is a tensor of float32"),
         (PseudoLabelAccuracy, (labels, mask, mask), TypeError, "true_labels is a tensor of bool"),
@@ -225,7 +225,7 @@ class Logs(LightningModule):
     def __init__(self):
         super().__init__()
         self.net = nn.Linear(1, 1)
-        self.rate, self.accuracy = PseudoLabelRate(), PseudoLabelAccuracy()
+        self.rate, self.accuracy = PseudoLabelAcceptance(), PseudoLabelAccuracy()
         self.agreement, self.distance = TeacherStudentAgreement(), RelativeWeightDistance()
 
     def training_step(self, batch, batch_idx):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lightning_ema import PseudoLabelAccuracy, PseudoLabelRate, RelativeWeightDistance, TeacherStudentAgreement
+from lightning_ema import PseudoLabelAcceptance, PseudoLabelAccuracy, RelativeWeightDistance, TeacherStudentAgreement
 
 ONE_HOT = torch.eye(3)
 EXPECTED = {"rate": 2 / 5, "accuracy": 2 / 3, "agreement": 3 / 4, "distance": (30 / 50) ** 0.5, "nothing": 0.0}
@@ -16,7 +16,7 @@ EXPECTED = {"rate": 2 / 5, "accuracy": 2 / 3, "agreement": 3 / 4, "distance": (3
 def run(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     metrics = {
-        "rate": PseudoLabelRate(),
+        "rate": PseudoLabelAcceptance(),
         "accuracy": PseudoLabelAccuracy(),
         "agreement": TeacherStudentAgreement(),
         "distance": RelativeWeightDistance(),
