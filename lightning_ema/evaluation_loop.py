@@ -160,7 +160,6 @@ def _beside(first: Any, trainer: Trainer, before_hooks: Callable[[], None]) -> A
     again._combined_loader.flattened = [apart(loader) for loader in first._combined_loader.flattened]
     again._data_fetcher = None
     again._results = type(first._results)(training=False)
-    again._logged_outputs = []
     again._module_mode = type(first._module_mode)()
     again._seen_batches_per_dataloader = defaultdict(int)
     again.batch_progress = type(first.batch_progress)()

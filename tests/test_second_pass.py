@@ -1,6 +1,8 @@
 """The second pass against a separate evaluation of the same weights; the first against one without a second."""
 
+import multiprocessing
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -156,6 +158,17 @@ class Stream(IterableDataset):
         return iter(Batches().dataset)
 
 
+class Once(IterableDataset):
+    def __init__(self):
+        self.rows = iter(Batches().dataset)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self.rows)
+
+
 class Rows:
     """Neither a DataLoader nor an iterator."""
 
@@ -179,6 +192,10 @@ LOADERS = {
     "an iterable of the user's": (Regression, Rows),
     "shuffled": (DrawsRandomNumbers, lambda: Batches(shuffle=True)),
     "shuffled by its own generator": (Regression, lambda: Batches(shuffle=True, generator=torch.Generator())),
+    "workers with a stream each": (
+        Regression,
+        lambda: DataLoader(Once(), 8, num_workers=1, multiprocessing_context="fork"),
+    ),
     "workers": (Regression, lambda: Batches(num_workers=1, multiprocessing_context="fork")),
     "workers that stay": (
         MeanAttribute,
@@ -235,6 +252,53 @@ def test_random_states_are_those_of_one_pass():
     assert states[0] == states[1]
 
 
+def test_random_states_come_back_where_other_weights_draw_more():
+    class DrawsMore(Regression):
+        def validation_step(self, batch, batch_idx):
+            torch.rand(int(self.net[0].weight.abs().max() * 100))
+            self.log("val_loss", self.loss(batch))
+
+    draws = []
+    for callbacks in ([], [Twice()]):
+        evaluate(DrawsMore, Batches, *callbacks)
+        draws.append(torch.rand(1))
+    assert draws[0] == draws[1]
+
+
+def test_workers_of_the_second_pass_end_with_it():
+    class Counts(Twice):
+        def on_validation_epoch_end(self, trainer, pl_module):
+            before = multiprocessing.active_children()
+            super().on_validation_epoch_end(trainer, pl_module)
+            counts.append((len(before), len(multiprocessing.active_children())))
+
+    counts = []
+    evaluate(*LOADERS["workers that stay"], Counts())
+    assert counts == [(1, 1)]
+
+
+def test_one_table_is_printed(capsys):
+    trainer(Twice()).validate(seeded(), Batches(), verbose=True)
+    printed = capsys.readouterr().out
+    assert printed.count("Validate metric") == printed.count("val_loss_live") == 1
+
+
+def test_whole_numbers_and_what_goes_to_the_progress_bar():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*needs to be floating")
+        both, _, _ = evaluate(CountsInAnInteger, Batches, Twice())
+    assert both["items"] == both["items_live"] == 27
+
+    shown = {}
+
+    class Shows(Callback):
+        def on_validation_end(self, trainer, pl_module):
+            shown.update(trainer.progress_bar_metrics)
+
+    evaluate(Reductions, Batches, Shows(), Twice())
+    assert {name for name in shown if "live" in name} == {"silent_live"}
+
+
 def test_several_passes_in_one_evaluation():
     class Thrice(Twice):
         def on_validation_epoch_end(self, trainer, pl_module):
@@ -248,6 +312,10 @@ def test_several_passes_in_one_evaluation():
     same(first, expected)
     same(second, expected)
     assert both["mean_live"] == expected["mean"]
+    thrice = Thrice()
+    evaluate(ReadsTheTrainer, Batches, thrice)
+    first, second = ({result.name: result.value for result in results} for results in thrice.passes)
+    same(first, second)
 
 
 def test_no_hook_of_a_callback_is_called_and_the_module_sees_its_trainer():
@@ -311,17 +379,6 @@ def test_an_exception_in_the_second_pass_goes_on_and_leaves_nothing_behind(error
     alone, _, _ = evaluate(Gathers, Batches)
     beside, _, _ = evaluate(Fails, Batches, Catches())
     same(beside, alone)
-
-
-class Once(IterableDataset):
-    def __init__(self):
-        self.rows = iter(Batches().dataset)
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        return next(self.rows)
 
 
 class OnceHidden(IterableDataset):

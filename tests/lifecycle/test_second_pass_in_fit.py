@@ -213,9 +213,11 @@ def test_loggers_get_each_value_once_and_nothing_of_the_second_pass_itself(tmp_p
     class Counts(CSVLogger):
         def log_metrics(self, metrics, step=None):
             written.append(metrics)
+            if "val_loss_step" in metrics:
+                steps_logged.append(step)
             super().log_metrics(metrics, step)
 
-    directories, written = [], []
+    directories, written, steps_logged = [], [], []
     logger = Counts(tmp_path)
     experiment = logger.experiment
     log = experiment.log_metrics
@@ -229,6 +231,7 @@ def test_loggers_get_each_value_once_and_nothing_of_the_second_pass_itself(tmp_p
     assert sorted(names) == sorted(
         ["direct", "experiment", "val_loss_step"] * steps + ["val_loss_epoch", "val_loss_epoch_live"] * 2
     )
+    assert steps_logged == [0, 1, 2, 3]
     assert len(directories) == 2 * steps and len(set(directories)) == 1
 
 
