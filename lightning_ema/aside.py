@@ -27,7 +27,7 @@ _Taken = tuple[Any, Any]
 """An object, and what is needed to make it again what it was."""
 
 # what torch keeps of a module; its buffers and submodules are looked at all the same
-_OF_TORCH = frozenset(vars(nn.Module())) - {"training", "_buffers", "_modules", "_non_persistent_buffers_set"}
+_OF_TORCH = frozenset(vars(nn.Module())) - {"training", "_buffers", "_modules"}
 # objects of these are the machinery that runs an evaluation: optimizers, loaders, trainers, averages; files, threads
 _MACHINERY = {"torch", "lightning", "lightning_fabric", "pytorch_lightning", "lightning_ema", *sys.stdlib_module_names}
 _BASES = {object, abc.ABC, Generic, Protocol, types.SimpleNamespace, argparse.Namespace}

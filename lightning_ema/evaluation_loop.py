@@ -103,7 +103,7 @@ def results_of(loop: Any, trainer: Trainer) -> list[Result]:
             continue
         name, for_loggers = loop._results._forked_name(logged, on_step=False)
         synced = meta.sync.should if logged.is_tensor else logged.value.sync_on_compute
-        value = values[for_loggers].detach().clone()
+        value = values[for_loggers]
         found[for_loggers] = Result(
             *(for_loggers, value, meta.dataloader_idx, meta.prog_bar, meta.logger, synced, meta.sync.rank_zero_only)
         )
@@ -128,9 +128,9 @@ def logging_for(trainer: Trainer, loader: int | None) -> Iterator[None]:
         for_loggers = trainer._logger_connector.update_eval_epoch_metrics()
     finally:
         loop._results.dataloader_idx = None
-    ending = f"/dataloader_idx_{loader}"
-    of_loader = [one for one in loop._logged_outputs if any(name.endswith(ending) for name in one)]
-    (of_loader or loop._logged_outputs)[-1].update(for_loggers)
+    for one in loop._logged_outputs:
+        if one.keys() & for_loggers.keys():  # a name is one loader's alone
+            one.update(for_loggers)
 
 
 def _copied(connector: Any) -> Any:

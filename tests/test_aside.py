@@ -281,13 +281,24 @@ def test_names_to_leave():
     assert (module.value, module.later) == ([1, 2], 3)
 
 
-def test_a_memory_mapped_array_is_neither_read_nor_written(tmp_path):
-    np.save(tmp_path / "a.npy", np.ones(3))
-    module = Holds(np.load(tmp_path / "a.npy", mmap_mode="r"))
-    module.frozen = np.ones(3)
+def test_memory_mapped_and_read_only_arrays_are_neither_read_nor_written(tmp_path):
+    class Mapped(np.memmap):
+        def copy(self, order="C"):
+            raise AssertionError("read")
+
+    module = Holds(Mapped(tmp_path / "values", mode="w+", shape=(3,)))
+    module.frozen = np.array([np.nan])  # which does not equal itself
     module.frozen.flags.writeable = False
     Aside(module).put_back()
-    assert isinstance(module.value, np.memmap)
+
+
+def test_what_was_made_in_inference_mode_is_put_back_outside_of_it():
+    with torch.inference_mode():
+        module = Holds(torch.zeros(2))
+        aside = Aside(module)
+        module.value += 1
+    aside.put_back()
+    assert module.value.tolist() == [0, 0]
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script")

@@ -136,6 +136,12 @@ class SeveralLoaders(MeanAttribute):
         self.log("last", float(self.last))
 
 
+class OwnNames(Regression):
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        self.log(f"own/{dataloader_idx}", self.loss(batch), add_dataloader_idx=False)
+        self.log("unseen", self.loss(batch), logger=False)
+
+
 class Combined(Regression):
     def validation_step(self, batch, batch_idx):
         parts = batch.values() if isinstance(batch, dict) else batch
@@ -178,6 +184,7 @@ class Rows:
 
 LOADERS = {
     "a list": (SeveralLoaders, lambda: [Batches(), Batches(1, 13)]),
+    "names of the user's": (OwnNames, lambda: [Batches(), Batches(1, 13)]),
     "a dict": (SeveralLoaders, lambda: {"a": Batches(), "b": Batches(1, 13)}),
     "an empty one among them": (SeveralLoaders, lambda: [Batches(), Batches(1, 0), Batches(2, 9)]),
     "one in a list": (SeveralLoaders, lambda: [Batches()]),
@@ -283,12 +290,18 @@ def test_one_table_is_printed(capsys):
     assert printed.count("Validate metric") == printed.count("val_loss_live") == 1
 
 
-def test_whole_numbers_and_what_goes_to_the_progress_bar():
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*needs to be floating")
-        both, _, _ = evaluate(CountsInAnInteger, Batches, Twice())
-    assert both["items"] == both["items_live"] == 27
+def test_whole_numbers():
+    class Renames(Twice):
+        def on_validation_epoch_end(self, trainer, pl_module):
+            log_again(pl_module, evaluate_again(trainer, pl_module, self.begun), lambda name: "a whole number")
 
+    with warnings.catch_warnings():  # Lightning warns once for each name
+        warnings.filterwarnings("error", message=".*needs to be floating")
+        both, _, _ = evaluate(CountsInAnInteger, Batches, Renames())
+    assert both["items"] == both["a whole number"] == 27
+
+
+def test_the_progress_bar_shows_of_the_second_pass_what_it_shows_of_the_first():
     shown = {}
 
     class Shows(Callback):
