@@ -190,9 +190,8 @@ def _refill(container: Any, taken: Any) -> None:
 
 
 def _give_all(all_taken: Iterable[_Taken], leave: Collection[str]) -> None:
-    with torch.inference_mode():  # else tensors that were made in it could not be written to
-        for target, taken in all_taken:
-            _give(target, taken, leave)
+    for target, taken in all_taken:
+        _give(target, taken, leave)
 
 
 def _is_plain(value: Any, pending: set[int]) -> bool:

@@ -10,6 +10,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassPrecision, MulticlassRecall
 from torchmetrics.wrappers import MetricTracker, MinMaxMetric, Running
 
+from lightning_ema import Constant, WeightAverage
 from lightning_ema.aside import Aside
 
 
@@ -46,6 +47,11 @@ ATTRIBUTES = {
     "list set anew": (lambda: [1], lambda m: add("value", [])(m), lambda v: v == [1]),
     "list of lists": (lambda: [[1], []], lambda m: m.value[1].append(2), lambda v: v == [[1], []]),
     "list in a tuple": (lambda: ([1],), lambda m: m.value[0].append(2), lambda v: v == ([1],)),
+    "list beside an optimizer": (
+        lambda: ([1], torch.optim.SGD([torch.ones(1)], 0.1)),
+        lambda m: m.value[0].append(2),
+        lambda v: v[0] == [1],
+    ),
     "dict": (lambda: {"a": 1}, lambda m: m.value.update(a=2, b=3), lambda v: v == {"a": 1}),
     "dict of lists": (lambda: {"a": [1]}, lambda m: m.value["a"].clear(), lambda v: v == {"a": [1]}),
     "defaultdict": (lambda: defaultdict(list), lambda m: m.value["a"].append(2), lambda v: v == {}),
@@ -241,6 +247,27 @@ def test_optimizers_open_files_and_users_objects_with_such_are_left_alone(tmp_pa
     assert module.optimizer.param_groups[0]["lr"] == 0.5
     assert module.writer.lines == 3
     module.writer.file.close()
+
+
+def test_an_average_that_the_module_holds_is_left_alone(count_allocations):
+    module = nn.Linear(10, 10, bias=False)
+    module.average = WeightAverage(module, decay=Constant(0.5))
+    module.average.step()
+    with count_allocations() as counted:
+        aside = Aside(module)
+    assert counted.total == 0
+    module.average.step()
+    aside.put_back()
+    assert module.average.num_steps == 2
+
+
+def test_a_container_that_did_not_change_is_not_written_to():
+    module = Holds(OrderedDict(a=1, b=2))  # says so when it is written to while it is read
+    aside = Aside(module)
+    reading = iter(module.value)
+    next(reading)
+    aside.put_back()
+    assert next(reading) == "b"
 
 
 def test_a_list_that_hangs_on_the_class():

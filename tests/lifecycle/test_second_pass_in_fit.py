@@ -9,7 +9,7 @@ from helpers import BATCHES, Regression, clones, equal, fit, loader, seed_everyt
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from torchmetrics import MeanMetric
 from twice import GathersFromItsStart, Twice, double
 
@@ -76,6 +76,12 @@ def workers():
     return shuffled(num_workers=1, persistent_workers=True, multiprocessing_context="fork")
 
 
+def by_batch_sampler():
+    rows = loader().dataset
+    sampler = RandomSampler(rows, generator=torch.Generator().manual_seed(2))
+    return DataLoader(rows, batch_sampler=BatchSampler(sampler, 8, drop_last=False))
+
+
 SITUATIONS = {
     "plain": ({}, {}),
     "dropout": ({"dropout": 0.5}, {}),
@@ -97,6 +103,7 @@ LOADERS = {
         lambda: shuffled(generator=torch.Generator().manual_seed(2)),
         lambda: shuffled(generator=torch.Generator().manual_seed(4)),
     ),
+    "shuffled in batch samplers": (by_batch_sampler, by_batch_sampler),
     "workers that stay": (workers, workers),
 }
 
