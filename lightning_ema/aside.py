@@ -152,7 +152,7 @@ def _give(target: Any, taken: Any, leave: Collection[str]) -> None:
         if _place(target) == place and not torch.equal(target, values):
             target.data.copy_(values)
     elif isinstance(target, np.ndarray):
-        if not np.array_equal(target, taken):
+        if target.dtype == object or not np.array_equal(target, taken):
             target[...] = taken
     elif isinstance(target, _CONTAINERS):
         if not _holds(target, taken):
@@ -190,8 +190,14 @@ def _refill(container: Any, taken: Any) -> None:
 
 
 def _give_all(all_taken: Iterable[_Taken], leave: Collection[str]) -> None:
+    failure = None
     for target, taken in all_taken:
-        _give(target, taken, leave)
+        try:
+            _give(target, taken, leave)
+        except BaseException as error:  # all the others are put back first
+            failure = error
+    if failure is not None:
+        raise failure
 
 
 def _is_plain(value: Any, pending: set[int]) -> bool:

@@ -35,7 +35,8 @@ class Result:
         value: of one element.
         loader: for which of several loaders; None for one loader, and for what hooks after the last batch log.
         prog_bar, logger: whether it goes to the progress bar and to loggers.
-        synced: whether it is the same in all processes.
+        synced: whether it is the same in all processes of ``group``.
+        group: of processes; None for all of them.
         rank_zero_only: whether it was logged in the first process alone.
     """
 
@@ -45,6 +46,7 @@ class Result:
     prog_bar: bool
     logger: bool
     synced: bool
+    group: Any
     rank_zero_only: bool
 
 
@@ -102,10 +104,16 @@ def results_of(loop: Any, trainer: Trainer) -> list[Result]:
         if not meta.on_epoch:
             continue
         name, for_loggers = loop._results._forked_name(logged, on_step=False)
-        synced = meta.sync.should if logged.is_tensor else logged.value.sync_on_compute
-        value = values[for_loggers]
+        metric = None if logged.is_tensor else logged.value  # it synchronizes itself
         found[for_loggers] = Result(
-            *(for_loggers, value, meta.dataloader_idx, meta.prog_bar, meta.logger, synced, meta.sync.rank_zero_only)
+            name=for_loggers,
+            value=values[for_loggers],
+            loader=meta.dataloader_idx,
+            prog_bar=meta.prog_bar,
+            logger=meta.logger,
+            synced=meta.sync.should if metric is None else metric.sync_on_compute,
+            group=meta.sync.group if metric is None else metric.process_group,
+            rank_zero_only=meta.sync.rank_zero_only,
         )
         if name != for_loggers:
             found[name] = replace(found[for_loggers], name=name, prog_bar=False, logger=False)
@@ -192,9 +200,8 @@ class _Silent:
 
 def _silent(logger: Logger) -> Logger:
     kind = type(logger)
-    quiet: Any = object.__new__(
-        type(kind.__name__, (_Silent, kind), {})
-    )  # copying would ask some loggers to start a run
+    # not a copy: to be copied, some loggers start a run
+    quiet: Any = object.__new__(type(kind.__name__, (_Silent, kind), {}))
     vars(quiet).update(vars(logger))
     return cast(Logger, quiet)
 

@@ -181,6 +181,7 @@ def _log(pl_module: LightningModule, name: str, result: Result) -> None:
         on_epoch=True,
         reduce_fx="max",  # of one value, or of values that are all the same: exact, as no mean is
         sync_dist=result.synced,
+        sync_dist_group=result.group,
         add_dataloader_idx=bool(_ending(result)),
         rank_zero_only=result.rank_zero_only,
     )

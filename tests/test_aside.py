@@ -81,6 +81,11 @@ ATTRIBUTES = {
         lambda v: v.tolist() == [1, 1] and v.grad_fn is not None,
     ),
     "array": (lambda: np.zeros((2, 2)), lambda m: m.value.__iadd__(1), lambda v: v.sum() == 0),
+    "array of tensors": (
+        lambda: np.array([torch.ones(2), None], dtype=object),
+        lambda m: m.value.__setitem__(1, 3),
+        lambda v: v[1] is None,
+    ),
     "torch's generator": (
         lambda: torch.Generator().manual_seed(1),
         lambda m: torch.rand(1, generator=m.value),
@@ -259,6 +264,17 @@ def test_an_average_that_the_module_holds_is_left_alone(count_allocations):
     module.average.step()
     aside.put_back()
     assert module.average.num_steps == 2
+
+
+def test_one_thing_that_cannot_be_put_back_does_not_keep_the_others():
+    module = Holds(torch.ones(1).expand(3))
+    module.after = [1]
+    aside = Aside(module)
+    module.value.data.untyped_storage().copy_(torch.full((1,), 2.0).untyped_storage())
+    module.after.append(2)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        aside.put_back()
+    assert module.after == [1]
 
 
 def test_a_container_that_did_not_change_is_not_written_to():

@@ -424,6 +424,7 @@ def test_results_say_how_a_value_was_logged():
     assert (flags["both"], flags["both_epoch"]) == ((False, False, False, False), (False, True, False, False))
     evaluate(MeanAttribute, Batches, twice)
     assert twice.passes[1][0].synced  # a metric synchronizes itself
+    assert {result.group for results in twice.passes for result in results} == {None}
 
 
 @pytest.mark.parametrize(

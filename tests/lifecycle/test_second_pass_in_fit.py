@@ -95,6 +95,8 @@ SITUATIONS = {
     "bf16-true": ({"norm": False}, {"precision": "bf16-true"}),
     "loaders made anew each epoch": ({"dropout": 0.5}, {"reload_dataloaders_every_n_epochs": 1}),
     "accumulation": ({}, {"accumulate_grad_batches": 4}),
+    "fast_dev_run with a logger": ({}, {"fast_dev_run": 2, "logger": True}),
+    "profiler": ({}, {"profiler": "simple"}),
     "progress bar": ({}, {"enable_progress_bar": True}),
 }
 LOADERS = {
