@@ -219,6 +219,21 @@ class WeightAverage:
         finally:
             loan.recall()
 
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Inside this block the module carries its live weights, or is lent others; then the present loan goes on."""
+        course = self._course
+        loan, lender = self.loan, course.lender
+        if loan is None:
+            yield
+            return
+        with loan.suspended():
+            course.loan = None
+            try:
+                yield
+            finally:
+                course.loan, course.lender = loan, lender
+
     @property
     def loan(self) -> Loan | None:
         """The loan that is running, of this average or of one beside it."""
