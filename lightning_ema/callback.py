@@ -259,6 +259,7 @@ class EMACallback(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         fitting, began = trainer_facts.is_fitting(trainer), self._steps.held
+        self._begun = None
         try:
             self._recall()
             if fitting:
