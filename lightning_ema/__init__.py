@@ -17,6 +17,8 @@ from lightning_ema.schedules import (
     Schedule,
     Warmup,
 )
+from lightning_ema.snapshots import Snapshots
+from lightning_ema.synthesis import Synthesis, synthesize
 
 __version__ = "0.1.0"
 
@@ -37,8 +39,11 @@ __all__ = [
     "Ramp",
     "Scaled",
     "Schedule",
+    "Snapshots",
+    "Synthesis",
     "Then",
     "Warmup",
     "WeightAverage",
     "export_average",
+    "synthesize",
 ]

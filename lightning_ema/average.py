@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_ema.history import History
 from lightning_ema.kernels import all_finite, relative_distance
 from lightning_ema.loan import Loan, missing
 from lightning_ema.pairing import Pairing
@@ -62,6 +63,7 @@ class WeightAverage:
         num_steps: steps taken.
         num_updates: how often the average absorbed the live weights.
         num_skipped: updates left out because of non-finite weights.
+        history: at which steps it absorbed the live weights, and under which schedule.
 
     Raises:
         ValueError, TypeError: an argument is out of range, a pattern matches nothing, or there is nothing to average.
@@ -102,6 +104,7 @@ class WeightAverage:
         self.num_updates = 0
         self.num_skipped = 0
         self.last_update_step = 0
+        self.history = History()
         self.start_step = start_step
         self._schedule = self.settings.decay
         self._loan: Loan | None = None
@@ -163,12 +166,14 @@ class WeightAverage:
             self._pairing.absorb(lives, 1 - decay)
         self.num_updates += 1
         self.last_update_step = self.num_steps
+        self.history.record(upto - after, self._schedule, self.settings.decay_per)
         return True
 
     def start(self) -> None:
         """Starts the average here: it becomes the live weights, and ``start_step`` this step."""
         self._refuse_during_loan("start")
         self.start_step = self.last_update_step = self.num_steps
+        self.history = History()
         self._pairing.start()
 
     @property
@@ -326,6 +331,7 @@ class WeightAverage:
             "last_update_step": self.last_update_step,
             "start_step": self.start_step,
             "started": self.started,
+            "history": self.history.state_dict(),
             "config": self.settings.describe(),
             "average": dict(self.named_tensors()) if self.started else {},
         }
@@ -340,6 +346,7 @@ class WeightAverage:
         """
         self._refuse_during_loan("load_state_dict")
         check_state(state)
+        history = History.from_state_dict(state.get("history"))
         if state["started"]:
             self._pairing.load(state["average"], buffers_begin=state["config"].get("buffers") != self.settings.buffers)
         else:
@@ -348,6 +355,7 @@ class WeightAverage:
         self.num_updates = state["num_updates"]
         self.num_skipped = state["num_skipped"]
         self.last_update_step = state["last_update_step"]
+        self.history = history
         same_start = state["config"].get("start_step") == self.settings.start_step
         self.start_step = state["start_step"] if state["started"] or same_start else self.settings.start_step
         if not self.started and self.num_steps >= self.start_step:
