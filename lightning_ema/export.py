@@ -45,11 +45,21 @@ def export_average(checkpoint: Checkpoint, path: str | Path, *, name: str = "ema
     if entry["num_updates"] == 0:
         raise ValueError(f"the average {name!r} has not been updated yet (step {entry['num_steps']}).")
     weights = averaged_state_dict(content, entry)
+    metadata = {"average": name, "steps": str(entry["num_steps"]), "decay": str(entry["config"]["decay"])}
+    return write_weights(weights, path, metadata)
+
+
+def write_weights(weights: Mapping[str, Tensor], path: str | Path, metadata: dict[str, str]) -> Path:
+    """Writes weights alone, with ``metadata`` where the file is of safetensors; gives the path written to.
+
+    Raises:
+        ValueError: the suffix is neither ``.safetensors`` nor ``.pt``.
+        ModuleNotFoundError: ``.safetensors`` is asked for and not installed.
+    """
     target = _with_suffix(Path(path))
     if target.suffix == ".safetensors":
         from safetensors.torch import save_file
 
-        metadata = {"average": name, "steps": str(entry["num_steps"]), "decay": str(entry["config"]["decay"])}
         save_file({key: value.contiguous().clone() for key, value in weights.items()}, target, metadata)
     else:
         torch.save({key: value.clone() for key, value in weights.items()}, target)

@@ -7,9 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from lightning_ema.schedules import Schedule
 from lightning_ema.settings import DecayPer
 from lightning_ema.spelling import write_schedule
@@ -105,12 +102,12 @@ class History:
         return self.stretches[-1].gaps[-1]
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain strings, numbers and tensors; gaps and counts as one integer tensor of shape [2, pairs]."""
+        """Plain strings and numbers."""
         return {
             "run": self.run,
             "snapshots": list(self.snapshots),
             "stretches": [
-                {"decay": s.decay, "decay_per": s.decay_per, "runs": torch.tensor([s.gaps.tolist(), s.counts.tolist()])}
+                {"decay": s.decay, "decay_per": s.decay_per, "gaps": s.gaps.tolist(), "counts": s.counts.tolist()}
                 for s in self.stretches
             ],
         }
@@ -128,14 +125,13 @@ class History:
         try:
             history.run = str(state["run"])
             history.snapshots = [int(step) for step in state["snapshots"]]
-            history.stretches = [Stretch(s["decay"], s["decay_per"], *_runs(s["runs"])) for s in state["stretches"]]
+            history.stretches = [_stretch(**stretch) for stretch in state["stretches"]]
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"the history of the updates is damaged: {error!r}. Take another file.") from error
         return history
 
 
-def _runs(runs: Tensor) -> tuple[array[int], array[int]]:
-    gaps, counts = runs.tolist()
-    if min(gaps + counts, default=0) < 1:
-        raise ValueError("a gap or a count below 1")
-    return array("q", gaps), array("q", counts)
+def _stretch(decay: str, decay_per: DecayPer, gaps: list[int], counts: list[int]) -> Stretch:
+    if len(gaps) != len(counts) or min(gaps + counts, default=0) < 1:
+        raise ValueError("gaps and counts are as many, and at least 1")
+    return Stretch(decay, decay_per, array("q", gaps), array("q", counts))

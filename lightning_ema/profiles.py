@@ -113,8 +113,8 @@ def profile(schedule: Schedule, timeline: Timeline, decay_per: DecayPer = "step"
     """``w(0) .. w(U)`` of an average under ``schedule``, float64 of shape [U + 1].
 
     >>> from lightning_ema import Equal
-    >>> profile(Equal(), every(2, upto=6)).tolist()
-    [0.0, 0.3333333333333333, 0.33333333333333337, 0.33333333333333337]
+    >>> profile(Equal(), every(5, upto=20)).tolist()
+    [0.0, 0.25, 0.25, 0.25, 0.25]
     """
     weights = torch.zeros(timeline.num_updates + 1, dtype=torch.float64)
     share = torch.ones((), dtype=torch.float64)  # of what was there before the chunk at hand

@@ -1,7 +1,7 @@
 """The format of a snapshot file: plain tensors, numbers and strings.
 
     {"format", "run", "step", "start_step",
-     "averages": [{"config", "stretches": [{"decay", "decay_per", "runs"}], "tensors": {name: tensor}}, ...],
+     "averages": [{"config", "stretches": [{"decay", "decay_per", "gaps", "counts"}], "tensors": {name: tensor}}, ...],
      "entries": [[key of the module's state_dict, name of the average or "", dtype], ...],
      "rest": {key: tensor}}
 
@@ -155,14 +155,16 @@ def read(path: Path) -> Snapshot:
 
 def _entries(module: nn.Module, averages: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[Entry]:
     """Finds what is averaged by its memory, which tells it also where a hook renamed it, and else by its name."""
-    averaged = [candidate for candidate in Survey(module).candidates if candidate.name in averages]
+    survey = Survey(module)
+    averaged = [candidate for candidate in survey.candidates if candidate.name in averages]
     by_name = {name: candidate.name for candidate in averaged for name in candidate.names}
     by_memory = {_memory(candidate.tensor): candidate.name for candidate in averaged if candidate.tensor.numel()}
     entries = []
     for key, tensor in tensors.items():
         name = by_memory.get(_memory(tensor)) or by_name.get(without_wrappers(key), "")
         entries.append(Entry(key, name, tensor.dtype))
-    unknown = [e.key for e in entries if not e.name and e.dtype.is_floating_point and e.key not in Survey(module).tensors]
+    floats = [entry.key for entry in entries if not entry.name and entry.dtype.is_floating_point]
+    unknown = [key for key in floats if without_wrappers(key) not in survey.tensors]
     lost = averages.keys() - {entry.name for entry in entries}
     if lost and unknown:
         raise ValueError(

@@ -156,7 +156,7 @@ def check(snapshots: Snapshots, averages: Sequence[WeightAverage]) -> Path:
         except ValueError as error:
             raise ValueError(
                 f"{error} A snapshot must say the exact schedule of its averages: track "
-                "Power(sigma_rel=0.05) and Power(sigma_rel=0.10), and give your own schedule to synthesize(profile=...)."
+                "Power(sigma_rel=0.05) and Power(sigma_rel=0.10), and give yours to synthesize(profile=...)."
             ) from error
     if any(_counters(average) != _counters(averages[0]) for average in averages):
         raise ValueError(

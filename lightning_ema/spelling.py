@@ -122,5 +122,5 @@ def _made(kind: type[Schedule], arguments: list[Value], keywords: dict[str, Valu
 def _refusal(text: str, reason: str) -> str:
     return (
         f"the schedule {text!r}: {reason}. Write it as in Python, with numbers and schedules as arguments, for "
-        f"instance \"Then(0.99, at=100, second=0.999)\". The schedules are {', '.join(SCHEDULES)}."
+        f'instance "Then(0.99, at=100, second=0.999)". The schedules are {", ".join(SCHEDULES)}.'
     )

@@ -26,6 +26,12 @@ from lightning_ema.snapshot_file import Snapshot, load, read
 from lightning_ema.snapshots import files_in
 
 LARGEST_RESIDUAL = 0.1
+"""A synthesis with a larger residual is refused.
+
+Measured with 19 averages wanted, from 8 to 32 snapshots of sigma_rel 0.05 and 0.10 over 4,096 steps: where the
+residual was at most 0.1, the weights missed the average by at most 0.07 of its distance to the live weights; where it
+was 0.2 to 0.5, by up to 0.33.
+"""
 
 
 @dataclass(frozen=True)
@@ -261,9 +267,10 @@ def _shapes(snapshot: Snapshot) -> dict[str, tuple[int, ...]]:
 def _hopeless(found: Sequence[Snapshot], wanted: Schedule, residual: float) -> str:
     decays = ", ".join(history[-1].decay for history in found[-1].histories)
     return (
-        f"{wanted!r} cannot be put together from {len(found)} snapshots of {decays}: the best profile differs from the "
-        f"one wanted by {residual:.2g} of its norm, more than {LARGEST_RESIDUAL}. Ask for one that is not much narrower "
-        "than those tracked; in the next run write snapshots more often or keep more of them."
+        f"{wanted!r} cannot be put together from {len(found)} snapshots of {decays}: the residual, by which the best "
+        f"profile differs from the one wanted, is {residual:.2g} of its norm; at most {LARGEST_RESIDUAL} is accepted. "
+        "Ask for an average that is neither much narrower than those tracked nor reaches back to the start of the run; "
+        "in the next run write snapshots more often and keep more of them."
     )
 
 
