@@ -67,14 +67,17 @@ def plot_schedules(
     shown = torch.linspace(0, len(at) - 1, min(len(at), POINTS)).long()
     figure = Figure(figsize=inches, layout="constrained")
     left, right = figure.subplots(1, 2)
-    highest = 0.0
+    highest, shares = 0.0, []
     for text, schedule in schedules.items():
         weights = profile(schedule, timeline)
         start = f", {weights[0]:.0%} from before step 1" if weights[0] >= 0.005 else ""
         label = f"{text}: mean age {mean_age(weights, timeline):,.4g} steps{start}"
-        left.plot(at[shown], [1 - schedule(step) for step in at[shown].tolist()], label=label, linewidth=1.4)
+        drawn = [1 - schedule(step) for step in at[shown].tolist()]
+        left.plot(at[shown], drawn, label=label, linewidth=1.4)
+        shares += [share for share in drawn if share > 0]  # a logarithm shows no others
         right.plot(at[shown], weights[1:][shown] / gap, linewidth=1.4)
         highest = max(highest, float(weights[1:][shown].max()) / gap)
+    left.set_ylim(min(shares, default=0.1) / 1.5, max(shares, default=0.1) * 1.5)
     left.set(xlabel="step", ylabel="1 - decay", yscale="log", title="share of the live weights")
     right.set(xlabel="step", ylabel="weight per step", title=f"weight profile after step {steps:,}")
     right.set_ylim(0, 1.05 * highest or 1)

@@ -86,10 +86,12 @@ def write(snapshots: Snapshots, averages: Sequence[WeightAverage]) -> Path | Non
         The file; None on all processes but the first.
 
     Raises:
-        ValueError: as :func:`check`.
+        ValueError: as :func:`check`, or the averages have not started.
     """
     directory = check(snapshots, averages)
     first = averages[0]
+    if not first.started:
+        raise ValueError(f"the averages start at step {first.start_step}; there is nothing to take a snapshot of yet.")
     if not first.history.run:
         _begin(averages)
     if _rank() != 0:
@@ -164,7 +166,7 @@ def check(snapshots: Snapshots, averages: Sequence[WeightAverage]) -> Path:
             "the same every_n_steps, start_step, include and exclude, and step them together."
         )
     first = averages[0]
-    if first.history.num_steps != first.last_update_step - first.start_step:
+    if first.started and first.history.num_steps != first.last_update_step - first.start_step:
         raise ValueError(
             "the average was taken up from a file that does not say at which steps it was updated, so its weight "
             "profile is unknown. Call start() to let it begin again, or train without snapshots."

@@ -30,7 +30,7 @@ LARGEST_RESIDUAL = 0.1
 
 Measured with 19 averages wanted, from 8 to 32 snapshots of sigma_rel 0.05 and 0.10 over 4,096 steps: where the
 residual was at most 0.1, the weights missed the average by at most 0.07 of its distance to the live weights; where it
-was 0.2 to 0.5, by up to 0.33.
+was 0.2 to 0.5, by up to 0.33. For comparison: the nearer of the two tracked averages missed sigma_rel 0.075 by 0.26.
 """
 
 
@@ -111,6 +111,8 @@ def synthesize(
     found = _together([read(path) for path in _paths(snapshots)])
     newest = found[-1]
     step = newest.step if at_step is None else at_step
+    if newest.step == newest.start_step:
+        raise ValueError(f"{newest.path} was written before the first update; there is nothing to synthesize yet.")
     first_update = newest.start_step + newest.histories[0][0].gaps[0]
     if not first_update <= step <= newest.step:
         raise ValueError(
@@ -126,8 +128,8 @@ def synthesize(
         schedule=wanted,
         step=step,
         coefficients=tuple(
-            Coefficient(s.step, h[-1].decay, float(value))
-            for (s, h), value in zip(((s, h) for s in found for h in s.histories), values, strict=True)
+            Coefficient(snapshot.step, decay, value)
+            for (snapshot, decay), value in zip(_columns(found), values.tolist(), strict=True)
         ),
         residual=residual,
     )
@@ -162,6 +164,7 @@ class _System:
             target.append(triangle[:, tracked:].sum(1) * after_wanted)
             after *= torch.stack([left for _, left in parts[:tracked]])
             after_wanted *= parts[-1][1] if stop <= end else 0.0
+        after[[k for k, own_end in enumerate(ends) if own_end == 0]] = 1.0  # written before the first update
         self.matrix = torch.cat([*matrix, after.reshape(1, -1)])  # the last row: the state at the start
         self.target = torch.cat([*target, after_wanted.reshape(1)])
 
@@ -262,6 +265,12 @@ def _differences(snapshot: Snapshot, newest: Snapshot) -> list[str]:
 
 def _shapes(snapshot: Snapshot) -> dict[str, tuple[int, ...]]:
     return {entry.key: snapshot.shapes[entry.name or entry.key] for entry in snapshot.entries}
+
+
+def _columns(found: Sequence[Snapshot]) -> list[tuple[Snapshot, str]]:
+    """The snapshot and the schedule behind each coefficient."""
+    begun = [history[0].decay for history in found[-1].histories]
+    return [(s, h[-1].decay if h else begun[j]) for s in found for j, h in enumerate(s.histories)]
 
 
 def _hopeless(found: Sequence[Snapshot], wanted: Schedule, residual: float) -> str:
