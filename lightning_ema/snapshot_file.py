@@ -56,6 +56,7 @@ class Snapshot:
         histories: the updates of each average.
         config: the settings of the first average, as text.
         shapes: of all tensors, averaged ones by name and others by key.
+        precision: of the averages: the largest relative distance of neighbouring numbers in their dtypes.
         entries: the module's ``state_dict``, in its order.
     """
 
@@ -66,6 +67,7 @@ class Snapshot:
     histories: tuple[tuple[Stretch, ...], ...]
     config: dict[str, str | int | bool]
     shapes: dict[str, tuple[int, ...]]
+    precision: float
     entries: tuple[Entry, ...]
 
 
@@ -139,6 +141,12 @@ def read(path: Path) -> Snapshot:
         kept = {"run": content["run"], "snapshots": []}
         histories = [History.from_state_dict({**kept, "stretches": average["stretches"]}) for average in averages]
         tensors: dict[str, Tensor] = {**content["rest"], **averages[0]["tensors"]}
+        entries = tuple(Entry(key, name, _dtype(dtype)) for key, name, dtype in content["entries"])
+        needed = {entry.name for entry in entries if entry.name}
+        if any(not needed <= average["tensors"].keys() for average in averages):
+            raise ValueError("tensors of an average are missing")
+        if any(entry.key not in content["rest"] for entry in entries if not entry.name):
+            raise ValueError("tensors that are not averaged are missing")
         return Snapshot(
             path=path,
             run=content["run"],
@@ -147,7 +155,8 @@ def read(path: Path) -> Snapshot:
             histories=tuple(tuple(history.stretches) for history in histories),
             config=averages[0]["config"],
             shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
-            entries=tuple(Entry(key, name, _dtype(dtype)) for key, name, dtype in content["entries"]),
+            precision=max(torch.finfo(tensor.dtype).eps for a in averages for tensor in a["tensors"].values()),
+            entries=entries,
         )
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error!r}). Leave it out or delete it.") from error

@@ -1,11 +1,7 @@
 """Other averages from the snapshots of a few: post-hoc EMA (Karras et al. 2024, arXiv 2312.02696).
 
-The profile of every snapshot is known exactly, and so is that of the average wanted. With the profiles of the
-snapshots as columns of ``A``, each of length U + 1, and the profile wanted as ``b``, the coefficients ``c`` solve
-
-    min |A c - b|    subject to    sum(c) = 1
-
-and the synthesized weights are ``sum_k c(k) * snapshot(k)``. ``|A c - b| / |b|`` is the residual.
+The synthesized weights are ``sum_k c(k) * snapshot(k)``, with coefficients ``c`` as :mod:`lightning_ema.coefficients`
+solves for them.
 """
 
 from __future__ import annotations
@@ -18,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_ema.coefficients import profiles_and_target, solve
 from lightning_ema.compositions import Power
 from lightning_ema.history import joined, shortened
-from lightning_ema.profiles import Timeline, weights_of
+from lightning_ema.profiles import Timeline
 from lightning_ema.schedules import Schedule
 from lightning_ema.snapshot_file import Snapshot, load, read
 from lightning_ema.snapshots import files_in
@@ -31,6 +28,13 @@ LARGEST_RESIDUAL = 0.1
 Measured with 19 averages wanted, from 8 to 32 snapshots of sigma_rel 0.05 and 0.10 over 4,096 steps: where the
 residual was at most 0.1, the weights missed the average by at most 0.07 of its distance to the live weights; where it
 was 0.2 to 0.5, by up to 0.33. For comparison: the nearer of the two tracked averages missed sigma_rel 0.075 by 0.26.
+"""
+
+LARGEST_ROUNDING = 1e-3
+"""A synthesis is refused in which rounding errors of the snapshots can grow to a larger share of the weights.
+
+Averages that hardly differ need large coefficients of opposite signs: with sigma_rel 0.1 and 0.1001 their absolute
+values sum to 1,000 to 80,000, where 0.05 and 0.10 need 1.5. The residual does not show that.
 """
 
 
@@ -97,7 +101,8 @@ def synthesize(
 
     Raises:
         ValueError: there are no snapshots, they do not belong together (all differences are listed), an argument is
-            out of range, or the residual is above 0.1, so that the weights would be another average.
+            out of range, the residual is above 0.1, so that the weights would be another average, or rounding errors
+            of the snapshots would show.
         FileNotFoundError: there is no such directory or file.
     """
     if (sigma_rel is None) == (profile is None):
@@ -119,10 +124,19 @@ def synthesize(
             f"synthesize: at_step is {at_step!r}; the snapshots cover the updates from step {first_update} to step "
             f"{newest.step}. Give a step among these, or leave it out for the last one."
         )
-    system = _System(found, wanted, step - newest.start_step)
-    values, residual = solve(system.matrix, system.target)
+    lines = [Timeline(history) for history in newest.histories]
+    ends = [lines[0].updates_until(snapshot.step - newest.start_step) for snapshot in found]
+    end = lines[0].updates_until(step - newest.start_step)
+    values, residual = solve(*profiles_and_target(lines, ends, wanted, newest.histories[0][-1].decay_per, end))
     if not residual <= LARGEST_RESIDUAL:
         raise ValueError(_hopeless(found, wanted, residual))
+    amplification = float(values.abs().sum())
+    if amplification * newest.precision > LARGEST_ROUNDING:
+        raise ValueError(
+            f"{wanted!r} needs coefficients from these snapshots whose absolute values sum to {amplification:.2g}, so "
+            "that rounding errors of the snapshots would show in the weights. In the next run track averages that "
+            "differ more, for instance Power(sigma_rel=0.05) and Power(sigma_rel=0.10)."
+        )
     return Synthesis(
         weights=_combined(found, values),
         schedule=wanted,
@@ -133,61 +147,6 @@ def synthesize(
         ),
         residual=residual,
     )
-
-
-class _System:
-    """``A`` and ``b``, each chunk of time replaced by the few rows of its QR decomposition.
-
-    Within a chunk that no snapshot divides, the columns of one tracked average differ by a factor alone. So a chunk of
-    any length has the rank of the number of tracked averages, one more with the profile wanted, and that many rows of
-    ``R`` stand for it exactly: distances between combinations are kept, without the squares of normal equations.
-    """
-
-    def __init__(self, found: Sequence[Snapshot], wanted: Schedule, wanted_until: int) -> None:
-        newest = found[-1]
-        lines = [Timeline(history) for history in newest.histories]
-        ends = [lines[0].updates_until(snapshot.step - newest.start_step) for snapshot in found]
-        end = lines[0].updates_until(wanted_until)
-        tracked, decay_per = len(lines), newest.histories[0][-1].decay_per
-        after = torch.zeros(len(found), tracked, dtype=torch.float64)  # share of a chunk's end state that is left
-        after_wanted = torch.zeros((), dtype=torch.float64)
-        matrix, target = [], []
-        for begin, stop in lines[0].chunks([*ends, end]):
-            after[[k for k, own_end in enumerate(ends) if own_end == stop]] = 1.0
-            if stop == end:
-                after_wanted.fill_(1.0)
-            parts = [weights_of(line.decays(begin, stop)) for line in lines]
-            if stop <= end:
-                parts.append(weights_of(lines[0].decays_of(wanted, decay_per, begin, stop)))
-            triangle = torch.linalg.qr(torch.stack([inside for inside, _ in parts], 1), mode="r").R
-            matrix.append((triangle[:, None, :tracked] * after).flatten(1))
-            target.append(triangle[:, tracked:].sum(1) * after_wanted)
-            after *= torch.stack([left for _, left in parts[:tracked]])
-            after_wanted *= parts[-1][1] if stop <= end else 0.0
-        after[[k for k, own_end in enumerate(ends) if own_end == 0]] = 1.0  # written before the first update
-        self.matrix = torch.cat([*matrix, after.reshape(1, -1)])  # the last row: the state at the start
-        self.target = torch.cat([*target, after_wanted.reshape(1)])
-
-
-def solve(matrix: Tensor, target: Tensor) -> tuple[Tensor, float]:
-    """``c`` that minimizes ``|matrix c - target|`` under ``sum(c) = 1``, and ``|matrix c - target| / |target|``.
-
-    The constraint is met by writing ``c`` as equal parts plus a combination of directions whose entries sum to 0.
-    Directions that change the profile by less than float64 can tell are left out.
-
-    Args:
-        matrix: float64 of shape [rows, columns].
-        target: float64 of shape [rows].
-    """
-    columns = matrix.shape[1]
-    equal = matrix.new_full((columns,), 1 / columns)
-    directions = torch.linalg.qr(matrix.new_ones(columns, 1), mode="complete").Q[:, 1:]
-    left, sizes, right = torch.linalg.svd(matrix @ directions, full_matrices=False)
-    told = sizes > 1e-13 * sizes[:1]
-    shares = left.mT @ (target - matrix @ equal)
-    values = equal + directions @ (right.mT[:, told] @ (shares[told] / sizes[told]))
-    residual = torch.linalg.vector_norm(matrix @ values - target) / torch.linalg.vector_norm(target)
-    return values, float(residual)
 
 
 def _paths(snapshots: str | Path | Sequence[str | Path]) -> list[Path]:

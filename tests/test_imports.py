@@ -15,7 +15,7 @@ LAYERS = [
     {"settings", "loan", "footprint", "recalibration", "spelling"},
     {"pairing", "history"},
     {"average", "profiles"},
-    {"checkpoint", "trainer_facts", "module_hook", "training_batches", "snapshot_file"},
+    {"checkpoint", "trainer_facts", "module_hook", "training_batches", "snapshot_file", "coefficients"},
     {"custody", "export", "snapshots", "plot_command"},
     {"callback", "synthesis"},
     {"synthesize_command"},

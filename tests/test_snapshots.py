@@ -243,7 +243,7 @@ class TestFile:
             train(averages, snapshots, 1)
         assert [path.name[-6:] for path in tmp_path.iterdir()] == ["001.pt"]
 
-    @pytest.mark.parametrize("damage", ["truncated", "text", "other", "newer", "torn"])
+    @pytest.mark.parametrize("damage", ["truncated", "text", "other", "newer", "torn", "average", "rest", "dtype"])
     def test_other_files_are_refused_by_name(self, damage, tmp_path):
         path = write(Snapshots(tmp_path, every_n_steps=1), tracked(nn.Linear(2, 1)))
         content = torch.load(path, weights_only=True)
@@ -253,7 +253,14 @@ class TestFile:
             path.write_text("no snapshot")
         else:
             content = {"newer": {**content, "format": 2}, "other": {"weight": torch.zeros(1)}}.get(damage, content)
-            content.pop("run", None) if damage == "torn" else None
+            if damage == "torn":
+                content.pop("run")
+            elif damage == "average":
+                content["averages"][1]["tensors"].pop("bias")
+            elif damage == "rest":
+                content["entries"].append(["more", "", "int64"])
+            elif damage == "dtype":
+                content["entries"][0][2] = "load"
             torch.save(content, path)
         with pytest.raises(ValueError, match=path.name):
             read(path)

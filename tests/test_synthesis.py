@@ -18,10 +18,10 @@ from lightning_ema import (
     synthesize,
 )
 from lightning_ema import profiles as profiles_module
+from lightning_ema.coefficients import solve
 from lightning_ema.profiles import Timeline, profile
 from lightning_ema.snapshot_file import load, read, save
 from lightning_ema.snapshots import files_in, take, write
-from lightning_ema.synthesis import solve
 
 TRACKED = (Power(sigma_rel=0.05), Power(sigma_rel=0.10))
 
@@ -191,6 +191,23 @@ class TestExactness:
         assert made.residual < 1e-12
         assert all(torch.allclose(made.weights[name], tensor + 1.25) for name, tensor in start.items())
 
+    def test_averages_that_hardly_differ_are_told_apart_in_float64(self, tmp_path):
+        """A condition number of 5e6: a solution by normal equations in float32 would be lost."""
+        net = nn.Linear(5, 1).double()
+        averages = [WeightAverage(net, Power(sigma_rel=sigma_rel)) for sigma_rel in (0.1, 0.1001, 0.075)]
+        for _ in range(512):
+            for parameter in net.parameters():
+                parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+            for average in averages:
+                average.step()
+            take(Snapshots(tmp_path, every_n_steps=4, keep=1000), averages[:2])
+        made = synthesize(tmp_path, sigma_rel=0.075)
+        assert made.residual < 1e-4 and miss(made.weights, averages[2]) < 1e-4
+        assert (
+            made.amplification == pytest.approx(sum(abs(c.value) for c in made.coefficients))
+            and made.amplification > 500
+        )
+
 
 class TestModules:
     def test_half_precision_is_rounded_once(self, tmp_path):
@@ -291,6 +308,11 @@ class TestRefusals:
             synthesize(long_run[0], **arguments)
         with pytest.raises(TypeError, match="must be a Schedule"):
             synthesize(long_run[0], profile=0.99)
+
+    def test_rounding_errors_that_would_show(self, tmp_path):
+        train(small(torch.float32), tmp_path, [], 256, 8, tracked=[Power(sigma_rel=0.1), Power(sigma_rel=0.100001)])
+        with pytest.raises(ValueError, match=r"absolute values sum to .*track averages that differ more"):
+            synthesize(tmp_path, sigma_rel=0.075)
 
     def test_a_hopeless_one_is_refused_before_any_weight_is_read(self, long_run, monkeypatch):
         monkeypatch.setattr("lightning_ema.synthesis.load", None)
