@@ -18,6 +18,8 @@ from lightning_ema.schedules import (
     Schedule,
     Warmup,
 )
+from lightning_ema.snapshots import Snapshots
+from lightning_ema.synthesis import Synthesis, synthesize
 
 __version__ = "0.1.0"
 
@@ -40,9 +42,12 @@ __all__ = [
     "Scaled",
     "Schedule",
     "Shifted",
+    "Snapshots",
+    "Synthesis",
     "Then",
     "Warmup",
     "WeightAverage",
     "export_average",
     "recipes",
+    "synthesize",
 ]
