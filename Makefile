@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-oldest test-peers lint bench clean
+.PHONY: help setup demo test test-oldest test-peers lint bench gallery clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -52,6 +52,9 @@ $(VENV)/peers: $(VENV)/ready
 
 bench: setup  ## print the cost of an update and of the callback, as ratios
 	@$(BIN)/python benchmarks/update.py
+
+gallery: setup  ## draw the pictures of docs/how-to/schedule-gallery.md
+	@$(BIN)/python docs/gallery.py
 
 clean:  ## remove the virtual environments and what runs have written
 	rm -rf $(VENV) $(OLDEST) runs dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -24,6 +24,8 @@ from lightning_ema.schedules import (
     Schedule,
     Warmup,
 )
+from lightning_ema.snapshots import Snapshots
+from lightning_ema.synthesis import Synthesis, synthesize
 from lightning_ema.teacher import MeanTeacherMixin, for_both
 from lightning_ema.teacher_config import MeanTeacherConfig
 
@@ -53,6 +55,8 @@ __all__ = [
     "Scaled",
     "Schedule",
     "Shifted",
+    "Snapshots",
+    "Synthesis",
     "TeacherStudentAgreement",
     "Then",
     "Warmup",
@@ -61,4 +65,5 @@ __all__ = [
     "export_average",
     "for_both",
     "recipes",
+    "synthesize",
 ]

@@ -1,4 +1,4 @@
-"""The command line: ``python -m lightning_ema inspect FILE`` and ``python -m lightning_ema export FILE OUT``."""
+"""The command line: ``python -m lightning_ema inspect | export | synthesize | plot-schedule``."""
 
 from __future__ import annotations
 
@@ -6,27 +6,31 @@ import argparse
 import pickle
 import sys
 
+from lightning_ema import plot_command, synthesize_command
 from lightning_ema.export import describe, export_average
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; gives the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m lightning_ema", description="Averages in Lightning checkpoints.")
+    parser = argparse.ArgumentParser(prog="python -m lightning_ema", description="Averages in files.")
     commands = parser.add_subparsers(dest="command", required=True)
     inspect = commands.add_parser("inspect", help="say what a checkpoint holds")
+    inspect.set_defaults(run=lambda given: describe(given.file, given.trust))
     export = commands.add_parser("export", help="write the averaged weights of a checkpoint alone")
+    export.set_defaults(
+        run=lambda given: export_average(given.file, given.out, name=given.name, which=given.which, trust=given.trust)
+    )
     for command in (inspect, export):
         command.add_argument("file", help="a checkpoint")
         command.add_argument("--trust", action="store_true", help="let the file run code while it is read")
     export.add_argument("out", help="a .safetensors or .pt file")
     export.add_argument("--name", default="ema", help="of the callback (default: ema)")
     export.add_argument("--which", type=int, default=0, help="place among the averages of several decays (default: 0)")
+    synthesize_command.add_to(commands)
+    plot_command.add_to(commands)
     given = parser.parse_args(arguments)
     try:
-        if given.command == "inspect":
-            print(describe(given.file, given.trust))
-        else:
-            print(export_average(given.file, given.out, name=given.name, which=given.which, trust=given.trust))
+        print(given.run(given))
     except (OSError, ValueError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -27,7 +27,7 @@ _Taken = tuple[Any, Any]
 """An object, and what is needed to make it again what it was."""
 
 # what torch keeps of a module; its buffers and submodules are looked at all the same
-_OF_TORCH = frozenset(vars(nn.Module())) - {"training", "_buffers", "_modules", "_non_persistent_buffers_set"}
+_OF_TORCH = frozenset(vars(nn.Module())) - {"training", "_buffers", "_modules"}
 # objects of these are the machinery that runs an evaluation: optimizers, loaders, trainers, averages; files, threads
 _MACHINERY = {"torch", "lightning", "lightning_fabric", "pytorch_lightning", "lightning_ema", *sys.stdlib_module_names}
 _BASES = {object, abc.ABC, Generic, Protocol, types.SimpleNamespace, argparse.Namespace}
@@ -152,7 +152,7 @@ def _give(target: Any, taken: Any, leave: Collection[str]) -> None:
         if _place(target) == place and not torch.equal(target, values):
             target.data.copy_(values)
     elif isinstance(target, np.ndarray):
-        if not np.array_equal(target, taken):
+        if target.dtype == object or not np.array_equal(target, taken):
             target[...] = taken
     elif isinstance(target, _CONTAINERS):
         if not _holds(target, taken):
@@ -190,9 +190,14 @@ def _refill(container: Any, taken: Any) -> None:
 
 
 def _give_all(all_taken: Iterable[_Taken], leave: Collection[str]) -> None:
-    with torch.inference_mode():  # else tensors that were made in it could not be written to
-        for target, taken in all_taken:
+    failure = None
+    for target, taken in all_taken:
+        try:
             _give(target, taken, leave)
+        except BaseException as error:  # all the others are put back first
+            failure = error
+    if failure is not None:
+        raise failure
 
 
 def _is_plain(value: Any, pending: set[int]) -> bool:

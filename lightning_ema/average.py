@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ema.course import Course
+from lightning_ema.history import History
 from lightning_ema.kernels import corrected, relative_distance
 from lightning_ema.loan import Loan, Pair, missing
 from lightning_ema.schedules import Plan, Schedule
@@ -136,6 +137,11 @@ class WeightAverage:
         return self._course.last_update_step
 
     @property
+    def history(self) -> History:
+        """At which steps the average absorbed the live weights, and under which schedule."""
+        return self._course.histories[self._place]
+
+    @property
     def start_step(self) -> int:
         """The step at which the average starts or started."""
         return self._course.start_step
@@ -218,6 +224,21 @@ class WeightAverage:
             yield self.module
         finally:
             loan.recall()
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Inside this block the module carries its live weights, or is lent others; then the present loan goes on."""
+        course = self._course
+        loan, lender = self.loan, course.lender
+        if loan is None:
+            yield
+            return
+        with loan.suspended():
+            course.loan = None
+            try:
+                yield
+            finally:
+                course.loan, course.lender = loan, lender
 
     @property
     def loan(self) -> Loan | None:
@@ -355,6 +376,7 @@ class WeightAverage:
             "config": self.settings.describe(),
             "average": first,
             "others": others,
+            "histories": [average.history.state_dict() for average in self.averages],
             "biases": [average.bias for average in self.averages],
             "origin": {pair.name: pair.origin for pair in self._course.pairing.pairs() if pair.origin is not None},
         }
@@ -377,6 +399,8 @@ class WeightAverage:
         """
         self._course.refuse_during_loan("load_state_dict")
         check_state(state)
+        known = state.get("histories") if state["started"] else None  # none in files of earlier versions
+        histories = [History.from_state_dict(one) for one in known or [None] * len(self.averages)]
         averages = [state["average"], *state.get("others", ())]
         if state["started"] and len(averages) != len(self.averages):
             raise ValueError(
@@ -388,7 +412,7 @@ class WeightAverage:
             self._course.pairing.load(averages, state.get("origin", {}), buffers_begin=begin)
         else:
             self._course.pairing.forget()
-        self._course.resume(state)
+        self._course.resume(state, histories)
 
 
 def _check_target(into: nn.Module, module: nn.Module, settings: Settings) -> None:

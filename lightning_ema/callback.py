@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,6 +21,7 @@ from lightning_ema.custody import Batches, Custody
 from lightning_ema.module_hook import Hook, ModuleHook
 from lightning_ema.schedules import Plan, Schedule
 from lightning_ema.settings import Buffers, DecayPer, OnNonfinite, Settings, label
+from lightning_ema.snapshots import Snapshots, discard_future, take, write
 from lightning_ema.steps import StepCounter
 
 UNTIL_EPOCH = sys.maxsize
@@ -56,6 +59,9 @@ class EMACallback(Callback):
         switch_every: set the live weights to the average at every so many steps, or at the end of each ``"epoch"``;
             the optimizer's state is kept. The one setting that changes the training: Switch EMA (arXiv 2402.09240),
             Hare and Tortoise. None: never.
+        snapshots: write snapshots of the averages now and then, from which :func:`~lightning_ema.synthesize` makes any
+            other average after the run; best with ``decay=[Power(sigma_rel=0.05), Power(sigma_rel=0.10)]``. Without a
+            ``dirpath`` they go to ``snapshots`` in the trainer's ``default_root_dir``.
         after_fit: which weights the module holds after ``fit``; ``"average"`` applies where ``evaluate`` does.
         name: tells several averages apart in log keys (``<name>/decay``) and checkpoints.
 
@@ -82,6 +88,7 @@ class EMACallback(Callback):
         evaluate: Evaluate = "average",
         others: Others = "follow",
         switch_every: int | Literal["epoch"] | None = None,
+        snapshots: Snapshots | None = None,
         after_fit: AfterFit = "average",
         on_nonfinite: OnNonfinite = "ignore",
         name: str = "ema",
@@ -113,6 +120,8 @@ class EMACallback(Callback):
             raise ValueError("others='evaluate' beside evaluate='live': write evaluate='both', or 'average'.")
         if switch_every is not None and switch_every != "epoch":
             check_count(switch_every, "switch_every", at_least=1)
+        if snapshots is not None and not isinstance(snapshots, Snapshots):
+            raise TypeError(f"snapshots is {snapshots!r}; it must be Snapshots, such as Snapshots(every_n_steps=1000).")
         check_choice(after_fit, "after_fit", get_args(AfterFit))
         if not isinstance(name, str) or not name:
             raise ValueError(f"name is {name!r}; it must be a word, such as 'ema'.")
@@ -121,6 +130,7 @@ class EMACallback(Callback):
         self.evaluate = evaluate
         self.others = others
         self.switch_every = switch_every
+        self.snapshots = snapshots
         self.after_fit = after_fit
         self.name = name
         self._steps = StepCounter()
@@ -158,6 +168,8 @@ class EMACallback(Callback):
                 "carry only one average in an evaluation. Write evaluate='live' in all but one of them."
             )
         if stage == "fit":
+            if self.snapshots is not None and self.snapshots.dirpath is None:
+                self.snapshots = replace(self.snapshots, dirpath=Path(trainer.default_root_dir) / "snapshots")
             # before anything is built on the weights: optimizers may copy them
             if self.average is not None and self.average.module is not pl_module:
                 self._forget()
@@ -191,6 +203,8 @@ class EMACallback(Callback):
         self._plan = plan.after(start)
         average.bind(self._plan)
         self._start_with_epoch(trainer)
+        if self.snapshots is not None:
+            discard_future(self.snapshots, self.averages)
         if self._plan.total_steps is not None:
             self._advise(self._plan.total_steps)
 
@@ -224,6 +238,8 @@ class EMACallback(Callback):
             self._warn(no_step_seen(trainer.global_step))
         elif missed:
             self._say(steps_missed(missed))
+        if self.snapshots is not None and self._require().started:
+            write(self.snapshots, self.averages)
         if self._custody is not None:
             self._custody.leave(deliver=self.after_fit == "average")
 
@@ -259,6 +275,7 @@ class EMACallback(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         fitting, began = trainer_facts.is_fitting(trainer), self._steps.held
+        self._begun = None
         try:
             self._recall()
             if fitting:
@@ -377,6 +394,8 @@ class EMACallback(Callback):
         if average is None or not steps:
             return False
         average.step(steps)
+        if self.snapshots is not None:
+            take(self.snapshots, average.averages)
         if average.num_skipped and not self._skips_said:
             self._skips_said = True
             self._warn(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import ClassVar
 
 from lightning_ema.checks import check_count, check_decay, check_positive
@@ -286,6 +287,7 @@ def _bound(schedule: Schedule | float, plan: Plan) -> Schedule | float:
     return schedule.bind(plan) if isinstance(schedule, Schedule) else schedule
 
 
+@cache  # Power asks at every step
 def _gamma_of(sigma_rel: float) -> float:
     """The root by bisection: the left side falls from 1/12 at gamma = 0 and is below 1 / gamma ** 2."""
     low, high = 0.0, 1 / sigma_rel

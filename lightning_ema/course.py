@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_ema.history import History
 from lightning_ema.kernels import all_finite
 from lightning_ema.loan import Loan
 from lightning_ema.pairing import Pairing
@@ -30,6 +31,7 @@ class Course:
         last_update_step: the step of the last update; that of the start before the first.
         start_step: the step at which the averages start or started.
         schedules: one for each average, with what the run knows filled in.
+        histories: for each average, at which steps it absorbed the live weights, and under which schedule.
         loan: the loan of one of the averages to the module, if there was one.
         delivery: the same for a delivery.
         lender: the place of the average that was lent or delivered last.
@@ -40,6 +42,7 @@ class Course:
         self.lender = 0
         self.start_step = settings.start_step
         self.schedules = list(settings.decays)
+        self.histories = [History() for _ in settings.decays]
         self.loan: Loan | None = None
         self.delivery: Loan | None = None
         self.pairing = Pairing(module, settings, into)
@@ -76,6 +79,8 @@ class Course:
             self.pairing.absorb(lives, rates)
         self.num_updates += 1
         self.last_update_step = self.num_steps
+        for history, schedule in zip(self.histories, self.schedules, strict=True):
+            history.record(upto - after, schedule, self._settings.decay_per)
         return True
 
     def _decay(self, schedule: Schedule, after: int, upto: int) -> float:
@@ -91,6 +96,7 @@ class Course:
         """Starts the averages here: they become the live weights, and ``start_step`` this step."""
         self.refuse_during_loan("start")
         self.start_step = self.last_update_step = self.num_steps
+        self.histories = [History() for _ in self.schedules]
         self.pairing.start()
 
     def start_at(self, step: int) -> None:
@@ -107,8 +113,9 @@ class Course:
         """All counters, by name."""
         return {name: getattr(self, name) for name in COUNTERS}
 
-    def resume(self, state: dict[str, Any]) -> None:
+    def resume(self, state: dict[str, Any], histories: list[History]) -> None:
         """Takes counters over from a state, after the averages; the start too, unless it is yet to come and changed."""
+        self.histories = histories
         same_start = state["config"].get("start_step") == self._settings.start_step
         for name in COUNTERS:
             setattr(self, name, state[name])

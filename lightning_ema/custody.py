@@ -107,19 +107,22 @@ class Custody:
         """
         before = self.average.lends if self.average.loan is not None else None
         delivered = self.average.delivered
-        self.recall()
+        self._take_statistics_out()
         if delivered:
-            self._take_back_delivery()
+            self.average.take_back()
         try:
-            if place is not None:
-                self._lend(place, batches)
-            yield
+            with self.average.suspended():
+                try:
+                    if place is not None:
+                        self._lend(place, batches)
+                    yield
+                finally:
+                    self.recall()
         finally:
-            self.recall()
             if delivered:
                 self._deliver()
             elif before is not None:
-                self._lend(before, None)
+                self._put_statistics_in(before, None)
 
     def _lend(self, place: int, batches: Batches | None) -> None:
         self.average.averages[place].lend()

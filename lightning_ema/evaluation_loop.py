@@ -35,7 +35,8 @@ class Result:
         value: of one element.
         loader: for which of several loaders; None for one loader, and for what hooks after the last batch log.
         prog_bar, logger: whether it goes to the progress bar and to loggers.
-        synced: whether it is the same in all processes.
+        synced: whether it is the same in all processes of ``group``.
+        group: of processes; None for all of them.
         rank_zero_only: whether it was logged in the first process alone.
     """
 
@@ -45,6 +46,7 @@ class Result:
     prog_bar: bool
     logger: bool
     synced: bool
+    group: Any
     rank_zero_only: bool
 
 
@@ -102,10 +104,16 @@ def results_of(loop: Any, trainer: Trainer) -> list[Result]:
         if not meta.on_epoch:
             continue
         name, for_loggers = loop._results._forked_name(logged, on_step=False)
-        synced = meta.sync.should if logged.is_tensor else logged.value.sync_on_compute
-        value = values[for_loggers].detach().clone()
+        metric = None if logged.is_tensor else logged.value  # it synchronizes itself
         found[for_loggers] = Result(
-            *(for_loggers, value, meta.dataloader_idx, meta.prog_bar, meta.logger, synced, meta.sync.rank_zero_only)
+            name=for_loggers,
+            value=values[for_loggers],
+            loader=meta.dataloader_idx,
+            prog_bar=meta.prog_bar,
+            logger=meta.logger,
+            synced=meta.sync.should if metric is None else metric.sync_on_compute,
+            group=meta.sync.group if metric is None else metric.process_group,
+            rank_zero_only=meta.sync.rank_zero_only,
         )
         if name != for_loggers:
             found[name] = replace(found[for_loggers], name=name, prog_bar=False, logger=False)
@@ -128,9 +136,9 @@ def logging_for(trainer: Trainer, loader: int | None) -> Iterator[None]:
         for_loggers = trainer._logger_connector.update_eval_epoch_metrics()
     finally:
         loop._results.dataloader_idx = None
-    ending = f"/dataloader_idx_{loader}"
-    of_loader = [one for one in loop._logged_outputs if any(name.endswith(ending) for name in one)]
-    (of_loader or loop._logged_outputs)[-1].update(for_loggers)
+    for one in loop._logged_outputs:
+        if one.keys() & for_loggers.keys():  # a name is one loader's alone
+            one.update(for_loggers)
 
 
 def _copied(connector: Any) -> Any:
@@ -160,7 +168,6 @@ def _beside(first: Any, trainer: Trainer, before_hooks: Callable[[], None]) -> A
     again._combined_loader.flattened = [apart(loader) for loader in first._combined_loader.flattened]
     again._data_fetcher = None
     again._results = type(first._results)(training=False)
-    again._logged_outputs = []
     again._module_mode = type(first._module_mode)()
     again._seen_batches_per_dataloader = defaultdict(int)
     again.batch_progress = type(first.batch_progress)()
@@ -193,9 +200,8 @@ class _Silent:
 
 def _silent(logger: Logger) -> Logger:
     kind = type(logger)
-    quiet: Any = object.__new__(
-        type(kind.__name__, (_Silent, kind), {})
-    )  # copying would ask some loggers to start a run
+    # not a copy: to be copied, some loggers start a run
+    quiet: Any = object.__new__(type(kind.__name__, (_Silent, kind), {}))
     vars(quiet).update(vars(logger))
     return cast(Logger, quiet)
 

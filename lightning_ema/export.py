@@ -53,12 +53,22 @@ def export_average(
             f"decay={entry['config']['decay']}, and the first is 0."
         )
     weights = averaged_state_dict(content, entry, which)
+    metadata = {"average": name, "steps": str(entry["num_steps"]), "decay": str(entry["config"]["decay"])}
+    metadata |= {"which": str(which)} if entry.get("others") else {}
+    return write_weights(weights, path, metadata)
+
+
+def write_weights(weights: Mapping[str, Tensor], path: str | Path, metadata: dict[str, str]) -> Path:
+    """Writes weights alone, with ``metadata`` where the file is of safetensors; gives the path written to.
+
+    Raises:
+        ValueError: the suffix is neither ``.safetensors`` nor ``.pt``.
+        ModuleNotFoundError: ``.safetensors`` is asked for and not installed.
+    """
     target = _with_suffix(Path(path))
     if target.suffix == ".safetensors":
         from safetensors.torch import save_file
 
-        metadata = {"average": name, "steps": str(entry["num_steps"]), "decay": str(entry["config"]["decay"])}
-        metadata |= {"which": str(which)} if entry.get("others") else {}
         save_file({key: value.contiguous().clone() for key, value in weights.items()}, target, metadata)
     else:
         torch.save({key: value.clone() for key, value in weights.items()}, target)

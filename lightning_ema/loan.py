@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -57,6 +58,7 @@ class _Lent:
     watched: bool
     version: int = -1
     exchanged: bool = False
+    carried: Tensor | None = None
 
 
 class Loan:
@@ -99,6 +101,21 @@ class Loan:
                 "weights for evaluation?). The live weights are back and untouched. To let an evaluation write, lend "
                 "a copy, WeightAverage.lend(copy=True); in a Trainer use EMACallback(evaluate='live')."
             )
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Inside this block the module carries its live weights; then again what it was lent, and all written to it."""
+        torch.clear_autocast_cache()
+        with torch.inference_mode(False), torch.no_grad():
+            for lent in reversed(self._lent.values()):
+                _put_down(lent)
+        try:
+            yield
+        finally:
+            torch.clear_autocast_cache()
+            with torch.inference_mode(False), torch.no_grad():
+                for lent in self._lent.values():
+                    _take_up(lent)
 
     def end(self) -> None:
         """Brings the live weights back without asking whether anything was written to."""
@@ -156,6 +173,31 @@ class Loan:
         else:
             tensor.data.copy_(average)
         lent.version = tensor._version
+
+
+def _put_down(lent: _Lent) -> None:
+    tensor = lent.pair.live
+    if lent.how == "storage":
+        lent.carried, tensor.data = tensor.data, lent.live
+    elif lent.how == "contents":
+        lent.carried = tensor.data.clone()
+        tensor.data.copy_(lent.live)
+    else:
+        exchange_(tensor.data, lent.average)
+        lent.exchanged = False
+
+
+def _take_up(lent: _Lent) -> None:
+    tensor, carried = lent.pair.live, lent.carried
+    if lent.how == "exchange":
+        exchange_(tensor.data, lent.average)
+        lent.exchanged = True
+    elif carried is not None:
+        if lent.how == "storage":
+            tensor.data = carried
+        else:
+            tensor.data.copy_(carried)
+        lent.carried = None
 
 
 def _return(lent: _Lent) -> None:

@@ -148,7 +148,7 @@ def log_again(pl_module: LightningModule, results: Sequence[Result], suffix: str
                 f"{type(pl_module).__name__} logs. Give that one another name in the module."
             )
         taken.add(name)
-    for loader, of_loader in groupby(sorted(results, key=_order), key=lambda result: result.loader):
+    for loader, of_loader in groupby(results, key=lambda result: result.loader):
         with logging_for(pl_module.trainer, loader):
             for result in of_loader:
                 _log(pl_module, _base(result) + suffix, result)
@@ -186,13 +186,10 @@ def _log(pl_module: LightningModule, name: str, result: Result) -> None:
         on_epoch=True,
         reduce_fx="max",  # of one value, or of values that are all the same: exact, as no mean is
         sync_dist=result.synced,
+        sync_dist_group=result.group,
         add_dataloader_idx=bool(_ending(result)),
         rank_zero_only=result.rank_zero_only,
     )
-
-
-def _order(result: Result) -> int:
-    return -1 if result.loader is None else result.loader
 
 
 def _ending(result: Result) -> str:

@@ -1,4 +1,4 @@
-"""What the callback needs to know of a Trainer. Whatever is private in Lightning is read here and nowhere else."""
+"""What the callback needs to know of a Trainer. What is private in Lightning is read here, or in evaluation_loop."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassPrecision, MulticlassRecall
 from torchmetrics.wrappers import MetricTracker, MinMaxMetric, Running
 
+from lightning_ema import Constant, WeightAverage
 from lightning_ema.aside import Aside
 
 
@@ -46,6 +47,11 @@ ATTRIBUTES = {
     "list set anew": (lambda: [1], lambda m: add("value", [])(m), lambda v: v == [1]),
     "list of lists": (lambda: [[1], []], lambda m: m.value[1].append(2), lambda v: v == [[1], []]),
     "list in a tuple": (lambda: ([1],), lambda m: m.value[0].append(2), lambda v: v == ([1],)),
+    "list beside an optimizer": (
+        lambda: ([1], torch.optim.SGD([torch.ones(1)], 0.1)),
+        lambda m: m.value[0].append(2),
+        lambda v: v[0] == [1],
+    ),
     "dict": (lambda: {"a": 1}, lambda m: m.value.update(a=2, b=3), lambda v: v == {"a": 1}),
     "dict of lists": (lambda: {"a": [1]}, lambda m: m.value["a"].clear(), lambda v: v == {"a": [1]}),
     "defaultdict": (lambda: defaultdict(list), lambda m: m.value["a"].append(2), lambda v: v == {}),
@@ -75,6 +81,11 @@ ATTRIBUTES = {
         lambda v: v.tolist() == [1, 1] and v.grad_fn is not None,
     ),
     "array": (lambda: np.zeros((2, 2)), lambda m: m.value.__iadd__(1), lambda v: v.sum() == 0),
+    "array of tensors": (
+        lambda: np.array([torch.ones(2), None], dtype=object),
+        lambda m: m.value.__setitem__(1, 3),
+        lambda v: v[1] is None,
+    ),
     "torch's generator": (
         lambda: torch.Generator().manual_seed(1),
         lambda m: torch.rand(1, generator=m.value),
@@ -243,6 +254,38 @@ def test_optimizers_open_files_and_users_objects_with_such_are_left_alone(tmp_pa
     module.writer.file.close()
 
 
+def test_an_average_that_the_module_holds_is_left_alone(count_allocations):
+    module = nn.Linear(10, 10, bias=False)
+    module.average = WeightAverage(module, decay=Constant(0.5))
+    module.average.step()
+    with count_allocations() as counted:
+        aside = Aside(module)
+    assert counted.total == 0
+    module.average.step()
+    aside.put_back()
+    assert module.average.num_steps == 2
+
+
+def test_one_thing_that_cannot_be_put_back_does_not_keep_the_others():
+    module = Holds(torch.ones(1).expand(3))
+    module.after = [1]
+    aside = Aside(module)
+    module.value.data.untyped_storage().copy_(torch.full((1,), 2.0).untyped_storage())
+    module.after.append(2)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        aside.put_back()
+    assert module.after == [1]
+
+
+def test_a_container_that_did_not_change_is_not_written_to():
+    module = Holds(OrderedDict(a=1, b=2))  # says so when it is written to while it is read
+    aside = Aside(module)
+    reading = iter(module.value)
+    next(reading)
+    aside.put_back()
+    assert next(reading) == "b"
+
+
 def test_a_list_that_hangs_on_the_class():
     class Shared(nn.Module):
         outputs = []  # noqa: RUF012
@@ -281,13 +324,24 @@ def test_names_to_leave():
     assert (module.value, module.later) == ([1, 2], 3)
 
 
-def test_a_memory_mapped_array_is_neither_read_nor_written(tmp_path):
-    np.save(tmp_path / "a.npy", np.ones(3))
-    module = Holds(np.load(tmp_path / "a.npy", mmap_mode="r"))
-    module.frozen = np.ones(3)
+def test_memory_mapped_and_read_only_arrays_are_neither_read_nor_written(tmp_path):
+    class Mapped(np.memmap):
+        def copy(self, order="C"):
+            raise AssertionError("read")
+
+    module = Holds(Mapped(tmp_path / "values", mode="w+", shape=(3,)))
+    module.frozen = np.array([np.nan])  # which does not equal itself
     module.frozen.flags.writeable = False
     Aside(module).put_back()
-    assert isinstance(module.value, np.memmap)
+
+
+def test_what_was_made_in_inference_mode_is_put_back_outside_of_it():
+    with torch.inference_mode():
+        module = Holds(torch.zeros(2))
+        aside = Aside(module)
+        module.value += 1
+    aside.put_back()
+    assert module.value.tolist() == [0, 0]
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script")

@@ -29,6 +29,7 @@ from lightning_ema import (
     Scaled,
     Schedule,
     Shifted,
+    Snapshots,
     Then,
     Warmup,
 )
@@ -136,7 +137,7 @@ def test_every_argument_can_be_written_in_yaml(tmp_path):
         "decay": nested, "every_n_steps": 1, "start_step": 2, "start_epoch": 1, "decay_per": "update",
         "include": ["net.*"], "exclude": ["net.4.bias"], "include_frozen": True, "buffers": "copy",
         "dtype": "torch.float64", "device": "cpu", "evaluate": "live", "after_fit": "live", "on_nonfinite": "skip",
-        "name": "slow",
+        "name": "slow", "switch_every": "epoch", "snapshots": {"dirpath": "there", "every_n_steps": 7, "keep": 9},
     }  # fmt: skip
     callback = callback_of(cli(config(tmp_path, **arguments), run=False))
     settings = callback.settings
@@ -149,7 +150,14 @@ def test_every_argument_can_be_written_in_yaml(tmp_path):
     )
     assert (settings.dtype, settings.device) == (torch.float64, torch.device("cpu"))
     assert (settings.include_frozen, settings.buffers, settings.on_nonfinite) == (True, "copy", "skip")
+    assert (callback.switch_every, callback.snapshots) == ("epoch", Snapshots("there", every_n_steps=7, keep=9))
     assert (callback.start_epoch, callback.evaluate, callback.after_fit, callback.name) == (1, "live", "live", "slow")
+
+
+def test_several_decays_and_what_is_done_with_them_in_yaml(tmp_path):
+    callback = callback_of(cli(config(tmp_path, decay=[0.9, 0.99], others="evaluate", switch_every=4), run=False))
+    assert callback.settings.decays == (Warmup(0.9), Warmup(0.99))
+    assert (callback.others, callback.switch_every) == ("evaluate", 4)
 
 
 def test_short_names_on_the_command_line(tmp_path):

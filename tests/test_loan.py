@@ -285,3 +285,50 @@ def test_a_second_recall_does_nothing():
     live = snapshot(net)
     loan.recall()
     assert same(snapshot(net), live)
+
+
+@pytest.mark.parametrize("copy", [False, True])
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_a_suspended_loan_goes_on_with_what_was_written_to_it(situation, copy):
+    net = make(situation)
+    average, other = WeightAverage(net, [Constant(0.5), Constant(0.25)]).averages
+    perturb(net)
+    average.step()
+    live = snapshot(net)
+    with other.lent(copy):
+        carried_by_other = snapshot(net)
+    loan = average.lend(copy)
+    for buffer in net.buffers():
+        if buffer.is_floating_point():
+            buffer.add_(1)  # as an evaluation may
+    carried = snapshot(net)
+    with average.suspended():
+        assert same(snapshot(net), live)
+        with other.lent(copy):
+            assert same(snapshot(net), carried_by_other)
+        assert same(snapshot(net), live)
+    assert same(snapshot(net), carried)
+    with pytest.raises(RuntimeError, match="Loans do not nest"):
+        other.lend()
+    loan.recall()
+    assert same(snapshot(net), live)
+
+
+@pytest.mark.parametrize("situation", ["plain", "flat buffer", "bfloat16", "flat buffer of bfloat16"])
+def test_an_error_while_a_loan_is_suspended_leaves_it_to_be_recalled(situation):
+    net = make(situation)
+    average, other = WeightAverage(net, [Constant(0.5), Constant(0.25)]).averages
+    perturb(net)
+    average.step()
+    live, averages = snapshot(net), {name: value.clone() for name, value in average.named_tensors()}
+    with pytest.raises(ArithmeticError), average.lent(), average.suspended(), other.lent():
+        raise ArithmeticError
+    assert same(snapshot(net), live)
+    assert same(dict(average.named_tensors()), averages)
+
+
+def test_without_a_loan_there_is_nothing_to_suspend():
+    net = make("plain")
+    before = snapshot(net)
+    with WeightAverage(net).suspended():
+        assert same(snapshot(net), before)

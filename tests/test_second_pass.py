@@ -1,6 +1,8 @@
 """The second pass against a separate evaluation of the same weights; the first against one without a second."""
 
+import multiprocessing
 import random
+import warnings
 from contextlib import nullcontext
 
 import numpy as np
@@ -135,6 +137,12 @@ class SeveralLoaders(MeanAttribute):
         self.log("last", float(self.last))
 
 
+class OwnNames(Regression):
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        self.log(f"own/{dataloader_idx}", self.loss(batch), add_dataloader_idx=False)
+        self.log("unseen", self.loss(batch), logger=False)
+
+
 class Combined(Regression):
     def validation_step(self, batch, batch_idx):
         parts = batch.values() if isinstance(batch, dict) else batch
@@ -157,6 +165,17 @@ class Stream(IterableDataset):
         return iter(Batches().dataset)
 
 
+class Once(IterableDataset):
+    def __init__(self):
+        self.rows = iter(Batches().dataset)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self.rows)
+
+
 class Rows:
     """Neither a DataLoader nor an iterator."""
 
@@ -166,6 +185,7 @@ class Rows:
 
 LOADERS = {
     "a list": (SeveralLoaders, lambda: [Batches(), Batches(1, 13)]),
+    "names of the user's": (OwnNames, lambda: [Batches(), Batches(1, 13)]),
     "a dict": (SeveralLoaders, lambda: {"a": Batches(), "b": Batches(1, 13)}),
     "an empty one among them": (SeveralLoaders, lambda: [Batches(), Batches(1, 0), Batches(2, 9)]),
     "one in a list": (SeveralLoaders, lambda: [Batches()]),
@@ -180,6 +200,10 @@ LOADERS = {
     "an iterable of the user's": (Regression, Rows),
     "shuffled": (DrawsRandomNumbers, lambda: Batches(shuffle=True)),
     "shuffled by its own generator": (Regression, lambda: Batches(shuffle=True, generator=torch.Generator())),
+    "workers with a stream each": (
+        Regression,
+        lambda: DataLoader(Once(), 8, num_workers=1, multiprocessing_context="fork"),
+    ),
     "workers": (Regression, lambda: Batches(num_workers=1, multiprocessing_context="fork")),
     "workers that stay": (
         MeanAttribute,
@@ -236,6 +260,59 @@ def test_random_states_are_those_of_one_pass():
     assert states[0] == states[1]
 
 
+def test_random_states_come_back_where_other_weights_draw_more():
+    class DrawsMore(Regression):
+        def validation_step(self, batch, batch_idx):
+            torch.rand(int(self.net[0].weight.abs().max() * 100))
+            self.log("val_loss", self.loss(batch))
+
+    draws = []
+    for callbacks in ([], [Twice()]):
+        evaluate(DrawsMore, Batches, *callbacks)
+        draws.append(torch.rand(1))
+    assert draws[0] == draws[1]
+
+
+def test_workers_of_the_second_pass_end_with_it():
+    class Counts(Twice):
+        def on_validation_epoch_end(self, trainer, pl_module):
+            before = multiprocessing.active_children()
+            super().on_validation_epoch_end(trainer, pl_module)
+            counts.append((len(before), len(multiprocessing.active_children())))
+
+    counts = []
+    evaluate(*LOADERS["workers that stay"], Counts())
+    assert counts == [(1, 1)]
+
+
+def test_one_table_is_printed(capsys):
+    trainer(Twice()).validate(seeded(), Batches(), verbose=True)
+    printed = capsys.readouterr().out
+    assert printed.count("Validate metric") == printed.count("val_loss_live") == 1
+
+
+def test_whole_numbers():
+    class Renames(Twice):
+        def on_validation_epoch_end(self, trainer, pl_module):
+            log_again(pl_module, evaluate_again(trainer, pl_module, self.begun, nullcontext()), "_again")
+
+    with warnings.catch_warnings():  # Lightning warns once for each name
+        warnings.filterwarnings("error", message=".*needs to be floating")
+        both, _, _ = evaluate(CountsInAnInteger, Batches, Renames())
+    assert both["items"] == both["items_again"] == 27
+
+
+def test_the_progress_bar_shows_of_the_second_pass_what_it_shows_of_the_first():
+    shown = {}
+
+    class Shows(Callback):
+        def on_validation_end(self, trainer, pl_module):
+            shown.update(trainer.progress_bar_metrics)
+
+    evaluate(Reductions, Batches, Shows(), Twice())
+    assert {name for name in shown if "live" in name} == {"silent_live"}
+
+
 def test_several_passes_in_one_evaluation():
     class Thrice(Twice):
         def on_validation_epoch_end(self, trainer, pl_module):
@@ -249,6 +326,10 @@ def test_several_passes_in_one_evaluation():
     same(first, expected)
     same(second, expected)
     assert both["mean_live"] == expected["mean"]
+    thrice = Thrice()
+    evaluate(ReadsTheTrainer, Batches, thrice)
+    first, second = ({result.name: result.value for result in results} for results in thrice.passes)
+    same(first, second)
 
 
 def test_no_hook_of_a_callback_is_called_and_the_module_sees_its_trainer():
@@ -314,17 +395,6 @@ def test_an_exception_in_the_second_pass_goes_on_and_leaves_nothing_behind(error
     same(beside, alone)
 
 
-class Once(IterableDataset):
-    def __init__(self):
-        self.rows = iter(Batches().dataset)
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        return next(self.rows)
-
-
 class OnceHidden(IterableDataset):
     def __init__(self):
         self.rows = iter(Batches().dataset)
@@ -355,6 +425,7 @@ def test_results_say_how_a_value_was_logged():
     assert (flags["both"], flags["both_epoch"]) == ((False, False, False, False), (False, True, False, False))
     evaluate(MeanAttribute, Batches, twice)
     assert twice.passes[1][0].synced  # a metric synchronizes itself
+    assert {result.group for results in twice.passes for result in results} == {None}
 
 
 @pytest.mark.parametrize("suffix", ["", "_epoch"], ids=["the same", "another's"])

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from helpers import Regression
 from lightning.pytorch import Callback
-from torchmetrics import MeanMetric, MetricCollection, SumMetric
+from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassPrecision, MulticlassRecall
 from torchmetrics.wrappers import BootStrapper, ClasswiseWrapper, MetricTracker, MinMaxMetric, Running
 
@@ -255,23 +255,28 @@ class Reductions(Regression):
         self.log_dict({"number": batch_idx, "flag": True, "negative": -loss})
 
 
+class Items(Metric):
+    """A metric whose value is a whole number."""
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, count):
+        self.total += count
+
+    def compute(self):
+        return self.total
+
+
 class CountsInAnInteger(Regression):
     def __init__(self):
         super().__init__()
-        self.items = SumMetric()
-        self.items.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
-
-        def update(n):
-            self.items.total += n
-
-        self.items.update, self.items.compute = update, lambda: self.items.total
+        self.items = Items()
 
     def validation_step(self, batch, batch_idx):
         self.items.update(len(batch[0]))
-
-    def on_validation_epoch_end(self):
-        self.log("items", self.items.compute())
-        self.items.reset()
+        self.log("items", self.items)
 
 
 class WritesBuffers(Regression):

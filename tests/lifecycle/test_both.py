@@ -171,6 +171,29 @@ def test_recalibrated_statistics_belong_to_each_average():
         torch.testing.assert_close(other.net[1].running_var, weights["net.1.running_var"])
 
 
+class Counts(Regression):
+    """Counts batches in a floating-point buffer, which is averaged like any other."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("batches", torch.zeros(()))
+
+    def on_validation_epoch_start(self):
+        self.batches.zero_()
+
+    def validation_step(self, batch, batch_idx):
+        self.batches += 1
+        super().validation_step(batch, batch_idx)
+
+    def on_validation_epoch_end(self):
+        self.log("batches", self.batches.clone())
+
+
+def test_the_first_pass_finds_again_what_it_wrote_to_buffers_on_loan():
+    logged = fit(seeded(Counts), ema(evaluate="both")).callback_metrics
+    assert logged["batches"] == logged["batches_live"] == 2
+
+
 class Raises(Regression):
     """Fails in a pass after the first."""
 

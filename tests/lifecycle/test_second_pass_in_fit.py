@@ -10,7 +10,7 @@ from helpers import BATCHES, Regression, clones, equal, fit, loader, seed_everyt
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from torchmetrics import MeanMetric
 from twice import GathersFromItsStart, Twice, double
 
@@ -77,6 +77,12 @@ def workers():
     return shuffled(num_workers=1, persistent_workers=True, multiprocessing_context="fork")
 
 
+def by_batch_sampler():
+    rows = loader().dataset
+    sampler = RandomSampler(rows, generator=torch.Generator().manual_seed(2))
+    return DataLoader(rows, batch_sampler=BatchSampler(sampler, 8, drop_last=False))
+
+
 SITUATIONS = {
     "plain": ({}, {}),
     "dropout": ({"dropout": 0.5}, {}),
@@ -90,6 +96,8 @@ SITUATIONS = {
     "bf16-true": ({"norm": False}, {"precision": "bf16-true"}),
     "loaders made anew each epoch": ({"dropout": 0.5}, {"reload_dataloaders_every_n_epochs": 1}),
     "accumulation": ({}, {"accumulate_grad_batches": 4}),
+    "fast_dev_run with a logger": ({}, {"fast_dev_run": 2, "logger": True}),
+    "profiler": ({}, {"profiler": "simple"}),
     "progress bar": ({}, {"enable_progress_bar": True}),
 }
 LOADERS = {
@@ -98,6 +106,7 @@ LOADERS = {
         lambda: shuffled(generator=torch.Generator().manual_seed(2)),
         lambda: shuffled(generator=torch.Generator().manual_seed(4)),
     ),
+    "shuffled in batch samplers": (by_batch_sampler, by_batch_sampler),
     "workers that stay": (workers, workers),
 }
 
@@ -214,9 +223,11 @@ def test_loggers_get_each_value_once_and_nothing_of_the_second_pass_itself(tmp_p
     class Counts(CSVLogger):
         def log_metrics(self, metrics, step=None):
             written.append(metrics)
+            if "val_loss_step" in metrics:
+                steps_logged.append(step)
             super().log_metrics(metrics, step)
 
-    directories, written = [], []
+    directories, written, steps_logged = [], [], []
     logger = Counts(tmp_path)
     experiment = logger.experiment
     log = experiment.log_metrics
@@ -230,6 +241,7 @@ def test_loggers_get_each_value_once_and_nothing_of_the_second_pass_itself(tmp_p
     assert sorted(names) == sorted(
         ["direct", "experiment", "val_loss_step"] * steps + ["val_loss_epoch", "val_loss_epoch_live"] * 2
     )
+    assert steps_logged == [0, 1, 2, 3]
     assert len(directories) == 2 * steps and len(set(directories)) == 1
 
 
