@@ -17,6 +17,9 @@ from lightning_ema.schedules import (
     Schedule,
     Warmup,
 )
+from lightning_ema.semi_supervised_data import SemiSupervisedDataModule
+from lightning_ema.splits import split_by_class
+from lightning_ema.views import PerSample, Views
 
 __version__ = "0.1.0"
 
@@ -33,13 +36,17 @@ __all__ = [
     "HalfLife",
     "InversePower",
     "Loan",
+    "PerSample",
     "Plan",
     "Power",
     "Ramp",
     "Scaled",
     "Schedule",
+    "SemiSupervisedDataModule",
     "Then",
+    "Views",
     "Warmup",
     "WeightAverage",
     "export_average",
+    "split_by_class",
 ]

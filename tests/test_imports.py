@@ -11,14 +11,14 @@ ROOT = Path(lightning_ema.__file__).parent
 LAYERS = [
     {"checks", "state"},
     {"schedules"},
-    {"compositions", "advice", "selection", "kernels", "steps"},
-    {"settings", "loan", "footprint", "recalibration"},
+    {"compositions", "advice", "selection", "kernels", "steps", "splits", "streams"},
+    {"settings", "loan", "footprint", "recalibration", "views"},
     {"pairing"},
     {"course"},
     {"average"},
     {"checkpoint", "trainer_facts", "module_hook", "training_batches"},
     {"custody", "export"},
-    {"callback"},
+    {"callback", "semi_supervised_data"},
     {"__init__", "__main__"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
@@ -29,7 +29,9 @@ ALLOWED_OUTSIDE = {
     "compositions": set(),
     "advice": set(),
     "checkpoint": {"torch"},
-    **{name: {"lightning", "torch"} for name in ("callback", "module_hook", "training_batches")},
+    **{
+        name: {"lightning", "torch"} for name in ("callback", "module_hook", "semi_supervised_data", "training_batches")
+    },
     "trainer_facts": {"lightning", "pytorch_lightning"},
     "selection": {"torch", "torchmetrics"},
 }
