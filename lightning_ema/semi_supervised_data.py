@@ -102,6 +102,9 @@ class SemiSupervisedDataModule(LightningDataModule):
         check_count(num_workers, "num_workers", at_least=0)
         check_count(seed, "seed", at_least=0)
         check_flag(reveal_labels, "reveal_labels")
+        for name, given in (("weak", weak), ("strong", strong), ("collate", collate)):
+            if given is not None and not callable(given):
+                raise TypeError(f"{name} is {given!r}; it must be a function of one batch, or None.")
         check_map_style(labeled, "labeled")
         if unlabeled is not None:
             check_map_style(unlabeled, "unlabeled")
@@ -173,20 +176,30 @@ class SemiSupervisedDataModule(LightningDataModule):
         rank, world_size = process_of(self.trainer)
         num_batches = math.ceil(self.num_unlabeled / (self.unlabeled_batch_size * world_size))
         draws = Draws(size, batch_size, num_batches, f"{self.seed}/{part}", rank, world_size)
-        place = None if self.trainer is None else partial(batches_done, self.trainer, num_batches)
+        place = None if self.trainer is None else partial(batches_done, self.trainer)
         return Stream(batches, draws, place, self.num_workers, self.pin_memory)
 
     def val_dataloader(self) -> Any:
-        """The validation data; an empty list, which means none to Lightning, where there are none."""
-        return self._evaluating(self.validation)
+        """The validation data; an empty list, which means none to Lightning, for a fit without.
+
+        Raises:
+            ValueError: there are none, and they are asked for by ``trainer.validate``.
+        """
+        if self.validation is None and self.trainer is not None and is_fitting(self.trainer):
+            return []
+        return self._evaluating("validation", self.validation)
 
     def test_dataloader(self) -> Any:
-        """The test data; an empty list where there are none."""
-        return self._evaluating(self.test)
+        """The test data.
 
-    def _evaluating(self, data: Any) -> Any:
+        Raises:
+            ValueError: there are none.
+        """
+        return self._evaluating("test", self.test)
+
+    def _evaluating(self, name: str, data: Any) -> Any:
         if data is None:
-            return []
+            raise ValueError(f"the data module has no {name} data. Give it some: {type(self).__name__}({name}=...).")
         if not isinstance(data, Dataset):
             return data
         return DataLoader(
@@ -220,9 +233,12 @@ def process_of(trainer: Trainer | None) -> tuple[int, int]:
     return (0, 1) if shared is None else (shared["rank"], shared["num_replicas"])
 
 
-def batches_done(trainer: Trainer, num_batches: int) -> int:
-    """The batches of the run that are done, full epochs counting ``num_batches``. Frozen by ``overfit_batches``."""
-    fit_loop: Any = trainer.fit_loop  # typed more loosely than it is
-    frozen: bool = trainer.overfit_batches > 0  # type: ignore[attr-defined]
-    epochs = 0 if frozen else fit_loop.epoch_progress.current.processed
-    return int(epochs * num_batches + fit_loop.batch_idx + 1)
+def batches_done(trainer: Trainer) -> int:
+    """The training batches of the run so far, those before a resume included; those of the epoch under overfitting.
+
+    A batch that a file was saved in counts once its step was taken. Lightning's number of epochs would not do: 2.6
+    skips one on resuming a run with ``max_steps`` from the end of an epoch.
+    """
+    epoch_loop: Any = trainer.fit_loop.epoch_loop  # types that Lightning does not declare
+    done = int(epoch_loop.batch_progress.total.processed)
+    return done % int(trainer.num_training_batches) if trainer.overfit_batches else done  # type: ignore[attr-defined]

@@ -19,10 +19,10 @@ class Draw(NamedTuple):
 
 
 class Draws(Sampler[Draw]):
-    """The batches of one process, from the place ``start`` in the run to the end of that epoch.
+    """``num_batches`` batches of one process, from the place ``start`` in the run.
 
     An endless sequence of random permutations of all samples is dealt out in turn. With ``b`` the batch size and ``w``
-    the number of processes, batch ``k`` of the run (from 0, counted over epochs) has on process ``r`` the positions
+    the number of processes, batch ``k`` of the run (from 0, over all epochs) has on process ``r`` the positions
 
         (k w + r) b, ..., (k w + r) b + b - 1
 
@@ -33,7 +33,7 @@ class Draws(Sampler[Draw]):
     def __init__(self, size: int, batch_size: int, num_batches: int, seed: str, rank: int, world_size: int) -> None:
         self.size = size
         self.batch_size = batch_size
-        self.num_batches = num_batches  # of an epoch
+        self.num_batches = num_batches
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
@@ -41,10 +41,10 @@ class Draws(Sampler[Draw]):
         self._latest: tuple[int, list[int]] = (-1, [])
 
     def __len__(self) -> int:
-        return self.num_batches - self.start % self.num_batches
+        return self.num_batches
 
     def __iter__(self) -> Iterator[Draw]:
-        for k in range(self.start, self.start + len(self)):
+        for k in range(self.start, self.start + self.num_batches):
             first = (k * self.world_size + self.rank) * self.batch_size
             yield Draw(self._samples(first, first + self.batch_size), seed_of(self.seed, "batch", k, self.rank))
 
@@ -65,7 +65,7 @@ class Draws(Sampler[Draw]):
 
 
 class Stream:
-    """An iterable of batches, one epoch at a time, that goes on at the place where the run is.
+    """An iterable of batches that starts each pass, an epoch, at the place where the run is.
 
     It is no ``DataLoader``, so a Trainer puts no sampler of its own in, which would deal out a small labeled part as
     short batches; :class:`Draws` shares the samples among the processes.
@@ -73,9 +73,9 @@ class Stream:
     Args:
         batches: makes a batch of a :class:`Draw`.
         draws: says which.
-        place: the number of batches of the run that are done, asked when the first batch of an epoch is; None: each
-            pass is the next epoch.
-        num_workers, pin_memory: as in ``DataLoader``; workers live on between epochs.
+        place: says how many batches of the run are done, asked with the first batch of a pass. None: as many as all
+            passes before have.
+        num_workers, pin_memory: as in ``DataLoader``. Workers live for one epoch.
     """
 
     def __init__(
@@ -93,9 +93,9 @@ class Stream:
             batches,
             batch_size=None,  # a draw is a whole batch
             sampler=draws,
+            collate_fn=as_it_is,  # what torch would do otherwise makes lists of tuples
             num_workers=num_workers,
             pin_memory=pin_memory,
-            persistent_workers=num_workers > 0,
             generator=torch.Generator().manual_seed(seed_of(draws.seed, "workers", draws.rank)),
         )
 
@@ -114,6 +114,11 @@ class Stream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to do, as there is nothing to keep."""
+
+
+def as_it_is(batch: Any) -> Any:
+    """The batch itself."""
+    return batch
 
 
 def seed_of(*parts: str | int) -> int:
