@@ -68,12 +68,12 @@ class SemiSupervisedDataModule(LightningDataModule):
 
     def __init__(
         self,
-        labeled: Dataset[Any],
+        labeled: Dataset,  # type: ignore[type-arg]  # jsonargparse takes subclasses of the bare classes only
         labels_per_class: int | None,
         *,
-        unlabeled: Dataset[Any] | None = None,
-        validation: Dataset[Any] | DataLoader[Any] | None = None,
-        test: Dataset[Any] | DataLoader[Any] | None = None,
+        unlabeled: Dataset | None = None,  # type: ignore[type-arg]
+        validation: Dataset | DataLoader | None = None,  # type: ignore[type-arg]
+        test: Dataset | DataLoader | None = None,  # type: ignore[type-arg]
         labels: Sequence[int] | Tensor | None = None,
         weak: Transform | None = None,
         strong: Transform | None = None,
