@@ -32,19 +32,20 @@ class SemiSupervisedDataModule(LightningDataModule):
             inputs, labels = batch["labeled"]
             targets = self.teacher(batch["unlabeled"].weak)
 
-    All batches are full: samples of a part that is used up come again in a new order. An epoch sees each unlabeled
-    sample once (a few twice, to fill the last batch), and the labeled ones as often as that takes. Which samples a
-    batch holds, and what is random in its transforms (drawn from torch's CPU generator), depends on ``seed``, on the
-    place of the batch in the run and on the process; not on the number of workers, the global random state or on
-    whether the run was resumed, in the middle of an epoch for instance. The processes of a distributed run share the
-    samples without any sampler of Lightning's, whatever ``use_distributed_sampler`` says.
+    All batches are full: once all samples of a part have come, they come again in a new order, across the ends of
+    epochs. An epoch has as many batches as the unlabeled samples fill.
+
+    Which samples a batch holds, and what is random in its transforms (drawn from torch's CPU generator), depends on
+    ``seed``, on the place of the batch in the run and on the process; not on the number of workers, on the global
+    random state or on whether the run was resumed, in the middle of an epoch for instance. The processes of a
+    distributed run share the samples without a sampler of Lightning's, whatever ``use_distributed_sampler`` says.
 
     Args:
         labeled: items are pairs ``(input, label)``, the label a whole number from 0.
         labels_per_class: how many samples of each class keep their labels; the others join the unlabeled ones. None:
             all keep them, and ``unlabeled`` is needed.
         unlabeled: further samples without labels. Of an item that is a tuple or list the first entry is taken.
-        validation: a dataset, or a loader as it is. None: no validation.
+        validation: a ``torch.utils.data.Dataset``, or a loader as it is. None: no validation.
         test: likewise.
         labels: the labels of ``labeled``, for the split. None: its ``targets`` where it has them, as torchvision's
             datasets do; otherwise all items are read once.
