@@ -24,10 +24,13 @@ from lightning_ema.schedules import (
     Schedule,
     Warmup,
 )
+from lightning_ema.semi_supervised_data import SemiSupervisedDataModule
 from lightning_ema.snapshots import Snapshots
+from lightning_ema.splits import split_by_class
 from lightning_ema.synthesis import Synthesis, synthesize
 from lightning_ema.teacher import MeanTeacherMixin, for_both
 from lightning_ema.teacher_config import MeanTeacherConfig
+from lightning_ema.views import PerSample, Views
 
 __version__ = "0.1.0"
 
@@ -46,6 +49,7 @@ __all__ = [
     "Loan",
     "MeanTeacherConfig",
     "MeanTeacherMixin",
+    "PerSample",
     "Plan",
     "Power",
     "PseudoLabelAcceptance",
@@ -54,16 +58,19 @@ __all__ = [
     "RelativeWeightDistance",
     "Scaled",
     "Schedule",
+    "SemiSupervisedDataModule",
     "Shifted",
     "Snapshots",
     "Synthesis",
     "TeacherStudentAgreement",
     "Then",
+    "Views",
     "Warmup",
     "WeightAverage",
     "consistency",
     "export_average",
     "for_both",
     "recipes",
+    "split_by_class",
     "synthesize",
 ]

@@ -11,15 +11,26 @@ ROOT = Path(lightning_ema.__file__).parent
 LAYERS = [
     {"checks", "state", "ramps", "logits"},
     {"schedules"},
-    {"compositions", "advice", "selection", "kernels", "steps", "consistency", "loaders", "randomness"},
-    {"settings", "loan", "footprint", "recalibration", "aside", "metrics", "spelling"},
+    {
+        "compositions",
+        "advice",
+        "selection",
+        "kernels",
+        "steps",
+        "splits",
+        "streams",
+        "consistency",
+        "loaders",
+        "randomness",
+    },
+    {"settings", "loan", "footprint", "recalibration", "aside", "metrics", "spelling", "views"},
     {"pairing", "history"},
     {"course", "profiles"},
     {"average"},
     {"checkpoint", "trainer_facts", "module_hook", "training_batches", "evaluation_loop", "teacher_config"},
     {"custody", "export", "second_pass", "snapshot_file", "coefficients", "plot_command", "teacher_callback"},
     {"snapshots", "recipe", "teacher"},
-    {"callback", "synthesis", "recipes_openmmlab", "recipes_pytorch", "recipes_yolo"},
+    {"callback", "semi_supervised_data", "synthesis", "recipes_openmmlab", "recipes_pytorch", "recipes_yolo"},
     {"recipes", "synthesize_command"},
     {"__init__", "__main__"},
 ]
@@ -37,7 +48,15 @@ ALLOWED_OUTSIDE = {
     **{
         name: {"lightning", "torch"}
         for name in (
-            *("callback", "evaluation_loop", "module_hook", "second_pass", "teacher_callback", "training_batches"),
+            *(
+                "callback",
+                "evaluation_loop",
+                "module_hook",
+                "semi_supervised_data",
+                "second_pass",
+                "teacher_callback",
+                "training_batches",
+            ),
         )
     },
     "teacher": {"lightning", "torch", "torchmetrics"},
