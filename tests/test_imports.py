@@ -45,20 +45,8 @@ ALLOWED_OUTSIDE = {
     "advice": set(),
     **{name: set() for name in ("recipe", "recipes_openmmlab", "recipes_pytorch", "recipes_yolo", "recipes")},
     "checkpoint": {"torch"},
-    **{
-        name: {"lightning", "torch"}
-        for name in (
-            *(
-                "callback",
-                "evaluation_loop",
-                "module_hook",
-                "semi_supervised_data",
-                "second_pass",
-                "teacher_callback",
-                "training_batches",
-            ),
-        )
-    },
+    **{name: {"lightning", "torch"} for name in ("callback", "evaluation_loop", "module_hook", "second_pass")},
+    **{name: {"lightning", "torch"} for name in ("semi_supervised_data", "teacher_callback", "training_batches")},
     "teacher": {"lightning", "torch", "torchmetrics"},
     "teacher_config": set(),
     "trainer_facts": {"lightning", "pytorch_lightning"},
