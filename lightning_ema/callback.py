@@ -133,6 +133,7 @@ class EMACallback(Callback):
         self.snapshots = snapshots
         self.after_fit = after_fit
         self.name = name
+        self._state_key = checkpoints.state_key(name)  # not the class's name: files of subclasses are files of ours
         self._steps = StepCounter()
         self._custody: Custody | None = None
         self._plan = Plan()
@@ -141,7 +142,7 @@ class EMACallback(Callback):
 
     @property
     def state_key(self) -> str:
-        return checkpoints.state_key(self.name)  # not the class's name, so that files of subclasses are files of ours
+        return self._state_key  # Lightning asks for it at every hook
 
     @property
     def average(self) -> WeightAverage | None:
@@ -212,7 +213,8 @@ class EMACallback(Callback):
         self._start_with_epoch(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._switch(trainer.current_epoch)  # due since a batch that was left early, or saved before it was due
+        if self.switch_every is not None:  # due since an epoch that was left early, or a save before it was due
+            self._held().switch(self.switch_every, trainer.current_epoch)
         self._require().refresh()  # what was unfrozen joins with its value before its first step
         self._steps.open()
 
@@ -221,7 +223,8 @@ class EMACallback(Callback):
     ) -> None:
         self._steps.close()
         stepped = self._absorb()
-        self._switch(trainer.current_epoch + trainer.is_last_batch)
+        if self.switch_every is not None:
+            self._held().switch(self.switch_every, trainer.current_epoch + trainer.is_last_batch)
         if stepped and trainer_facts.logs_this_step(trainer):
             self._log(pl_module)
 
@@ -466,10 +469,6 @@ class EMACallback(Callback):
             ModuleHook.take_down(module, "on_load_checkpoint", self._around_modules_load)
         self._custody = None
         self._skips_said = False
-
-    def _switch(self, epochs: int) -> None:
-        if self.switch_every is not None:
-            self._held().switch(self.switch_every, epochs)
 
     def _advise(self, total_steps: int) -> None:
         for average in self.averages:

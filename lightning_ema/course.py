@@ -79,8 +79,8 @@ class Course:
             self.pairing.absorb(lives, rates)
         self.num_updates += 1
         self.last_update_step = self.num_steps
-        for history, schedule in zip(self.histories, self.schedules, strict=True):
-            history.record(upto - after, schedule, self._settings.decay_per)
+        for place, history in enumerate(self.histories):
+            history.record(upto - after, self.schedules[place], self._settings.decay_per)
         return True
 
     def _decay(self, schedule: Schedule, after: int, upto: int) -> float:
