@@ -13,6 +13,7 @@ from torch import nn
 from lightning_ema import trainer_facts
 from lightning_ema.average import WeightAverage
 from lightning_ema.checkpoint import changes
+from lightning_ema.recalibration import statistics_of
 from lightning_ema.selection import Survey, without_wrappers
 from lightning_ema.steps import StepCounter
 from lightning_ema.teacher_config import MeanTeacherConfig
@@ -62,6 +63,11 @@ class TeacherCallback(Callback):
         student, teacher = networks(pl_module)
         teacher.requires_grad_(False)
         config: MeanTeacherConfig = pl_module.mean_teacher  # type: ignore[assignment]
+        if config.buffers == "ignore" and config.teacher_mode == "eval" and statistics_of(teacher):
+            rank_zero_warn(
+                "MeanTeacher: with buffers='ignore' and teacher_mode='eval' the teacher's BatchNorm statistics stay what "
+                "they are now, while its weights move on. Write buffers='average', or teacher_mode='train'."
+            )
         self._teacher, self._buffers = teacher, config.buffers
         begins = trainer_facts.begins(trainer) and self._loaded is None
         if self._average is None or self._average.module is not student or begins or self._loaded is not None:

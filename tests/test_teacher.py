@@ -2,10 +2,11 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
-from helpers import BATCHES, clones, equal, fit, loader, seeded
+from helpers import BATCHES, clones, equal, fit, loader, seeded, trainer
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
@@ -436,6 +437,23 @@ class TestRefusals:
     def test_settings(self, arguments, message):
         with pytest.raises(ValueError, match=message):
             MeanTeacherConfig(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"buffers": "ignore"}, True),
+        ({"buffers": "ignore", "teacher_mode": "train"}, False),
+        ({"buffers": "copy"}, False),
+    ],
+)
+def test_statistics_that_would_never_move_are_told(settings, told):
+    module = seeded(Taught)
+    module.mean_teacher = MeanTeacherConfig(**settings)
+    with warnings.catch_warnings(record=True) as messages:
+        warnings.simplefilter("always")
+        trainer(max_steps=1).fit(module, loader())
+    assert any("BatchNorm statistics stay what they are" in str(w.message) for w in messages) is told
 
 
 class TestBesideAnEMACallback:
