@@ -1,34 +1,13 @@
 """Two processes on a CPU, under DDP with gloo."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-
-SCRIPT = Path(__file__).with_name("second_pass_under_ddp.py")
+from two_processes import results
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     """What each process saw."""
-    folder = tmp_path_factory.mktemp("ddp")
-    # a launcher that the tests themselves may run under is none of the script's
-    launchers = ("LOCAL_RANK", "RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    ran = subprocess.run(
-        [sys.executable, "-W", "ignore", str(SCRIPT), str(folder)],
-        env={**environment, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+    return results("second_pass_under_ddp.py", tmp_path_factory.mktemp("ddp"))
 
 
 def test_the_second_pass_is_a_separate_evaluation_of_the_same_weights_in_each_process(seen):
