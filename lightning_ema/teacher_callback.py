@@ -65,8 +65,8 @@ class TeacherCallback(Callback):
         config: MeanTeacherConfig = pl_module.mean_teacher  # type: ignore[assignment]
         if config.buffers == "ignore" and config.teacher_mode == "eval" and statistics_of(teacher):
             rank_zero_warn(
-                "MeanTeacher: with buffers='ignore' and teacher_mode='eval' the teacher's BatchNorm statistics stay what "
-                "they are now, while its weights move on. Write buffers='average', or teacher_mode='train'."
+                "MeanTeacher: with buffers='ignore' and teacher_mode='eval' the teacher's BatchNorm statistics stay "
+                "what they are now, while its weights move on. Write buffers='average', or teacher_mode='train'."
             )
         self._teacher, self._buffers = teacher, config.buffers
         begins = trainer_facts.begins(trainer) and self._loaded is None
