@@ -69,6 +69,8 @@ class TeacherCallback(Callback):
                 "what they are now, while its weights move on. Write buffers='average', or teacher_mode='train'."
             )
         self._teacher, self._buffers = teacher, config.buffers
+        if trainer.ckpt_path is None:
+            self._loaded = None  # of a file that was only tested or validated
         begins = trainer_facts.begins(trainer) and self._loaded is None
         if self._average is None or self._average.module is not student or begins or self._loaded is not None:
             self._average = _average(student, teacher, config)

@@ -272,6 +272,15 @@ class TestStart:
         assert equal(seen.teachers[0], seen.students[0])
         assert module.teacher_callback.num_steps == BATCHES
 
+    def test_a_file_that_is_only_validated_is_not_resumed(self, tmp_path):
+        module = seeded(Taught)
+        fit(module, max_epochs=1).save_checkpoint(tmp_path / "x.ckpt")
+        trainer().validate(module, loader(2), ckpt_path=tmp_path / "x.ckpt", verbose=False)
+        seen = Path()
+        fit(module, seen, max_epochs=1)
+        assert equal(seen.teachers[0], seen.students[0])
+        assert module.teacher_callback.num_steps == BATCHES
+
     def test_resuming_never_sets_it(self, tmp_path):
         fit(seeded(Taught), max_epochs=1).save_checkpoint(tmp_path / "x.ckpt")
         saved = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
