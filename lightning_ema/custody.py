@@ -103,6 +103,8 @@ class Custody:
     def instead(self, place: int | None, batches: Batches | None = None) -> Iterator[None]:
         """Inside this block the module carries one of several averages, or None: its live weights.
 
+        Until the first update it carries its live weights, whichever is asked for.
+
         Afterwards it carries again what it did before, also on errors.
         """
         before = self.average.lends if self.average.loan is not None else None
@@ -113,7 +115,7 @@ class Custody:
         try:
             with self.average.suspended():
                 try:
-                    if place is not None:
+                    if place is not None and self.average.num_updates > 0:
                         self._lend(place, batches)
                     yield
                 finally:

@@ -123,6 +123,8 @@ def discard_future(snapshots: Snapshots, averages: Sequence[WeightAverage]) -> l
     if not history.run or _rank() != 0:
         return []
     present = steps_in(directory, history.run)
+    if averages[0].last_update_step in present:  # written after the checkpoint, at the end of the run resumed
+        history.snapshots = sorted({*history.snapshots, averages[0].last_update_step})
     future = [step for step in present if step not in history.snapshots]
     history.snapshots = [step for step in history.snapshots if step in present]
     if future:
@@ -193,6 +195,11 @@ def thinned(steps: Sequence[int], every: int, keep: int) -> list[int]:
         kept = list({-(-step // stretch): step for step in steps}.values())
         stretch *= 2
     return kept
+
+
+def is_named_as_one(path: Path) -> bool:
+    """Whether a file has the name of a snapshot."""
+    return _NAME.fullmatch(path.name) is not None
 
 
 def files_in(directory: Path) -> dict[str, list[Path]]:

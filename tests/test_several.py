@@ -83,6 +83,38 @@ def test_each_is_lent_and_comes_back():
             assert equal(net.state_dict(), live)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_is_lent_while_the_module_holds_another(dtype):
+    net = network(dtype)
+    first = WeightAverage(net, DECAYS)
+    for _ in range(9):
+        walk(net)
+        first.step()
+    live, all_of_them = clones(net.state_dict()), [clones(each.named_tensors()) for each in first.averages]
+    first.deliver()
+    held = clones(net.state_dict())
+    for each, values in zip(first.averages, all_of_them, strict=True):
+        with each.lent():
+            assert equal({name: net.state_dict()[name] for name in values}, {n: v.to(dtype) for n, v in values.items()})
+            assert equal(first.named_live(), {name: live[name] for name in values})
+        assert equal(net.state_dict(), held)
+    with pytest.raises(RuntimeError, match=r"Write `with average\.lent\(\):`"):
+        first.averages[1].lend()
+    first.take_back()
+    assert equal(net.state_dict(), live)
+
+
+def test_the_state_of_one_of_several_is_not_taken_for_that_of_all():
+    net = network()
+    first = WeightAverage(net, [Constant(0.9), Constant(0.5)])
+    walk(net)
+    first.step()
+    before = clones(first.named_tensors())
+    with pytest.raises(RuntimeError, match="Call it on the first"):
+        first.averages[1].load_state_dict(first.averages[1].state_dict())
+    assert equal(first.named_tensors(), before)
+
+
 def test_counters_are_shared_and_any_of_them_may_count():
     net = network()
     first, second = WeightAverage(net, [Constant(0.5), Constant(0.75)]).averages

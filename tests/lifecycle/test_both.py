@@ -243,3 +243,9 @@ def test_what_does_not_go_together_is_refused():
         EMACallback([0.9, 0.99], evaluate="live", others="evaluate")
     with pytest.raises(ValueError, match="all evaluate their average"):
         fit(seeded(), EMACallback(name="a", evaluate="both"), EMACallback(name="b"))
+
+
+def test_until_the_first_update_the_others_are_the_live_weights_too():
+    callback = EMACallback([0.9, Constant(0.5)], others="evaluate", evaluate="both", every_n_steps=100)
+    metrics = fit(seeded(Measured), callback).callback_metrics
+    assert metrics["val_loss"] == metrics["val_loss_live"] == metrics["val_loss/ema_Constant_0.5"]
