@@ -426,8 +426,14 @@ class WeightAverage:
         averages = [state["average"], *state.get("others", ())]
         if state["started"] and len(averages) != len(self.averages):
             raise ValueError(
-                f"the state holds {len(averages)} averages, of decay={state['config'].get('decay')}; asked for are "
-                f"{len(self.averages)}, of decay={self.settings.describe()['decay']}. Give as many as it holds."
+                f"the state is of decay={state['config'].get('decay')}, {len(averages)} in all; asked for is "
+                f"decay={self.settings.describe()['decay']}, {len(self.averages)} in all. Give as many as it holds."
+            )
+        correcting = [repr(schedule) for schedule in self.settings.decays if schedule.corrects]
+        if state["started"] and correcting and not state.get("origin"):
+            raise ValueError(
+                f"the state was written without {correcting[0]} and does not hold the weights at the start, which that "
+                f"needs. Go on with decay={state['config'].get('decay')}, or begin a new run."
             )
         if state["started"]:
             begin = state["config"].get("buffers") != self.settings.buffers

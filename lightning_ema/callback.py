@@ -21,7 +21,7 @@ from lightning_ema.custody import Batches, Custody
 from lightning_ema.module_hook import Hook, ModuleHook
 from lightning_ema.schedules import Plan, Schedule
 from lightning_ema.settings import Buffers, DecayPer, OnNonfinite, Settings, label
-from lightning_ema.snapshots import Snapshots, discard_future, take, write
+from lightning_ema.snapshots import Snapshots, check_schedule, discard_future, take, write
 from lightning_ema.steps import StepCounter
 
 UNTIL_EPOCH = sys.maxsize
@@ -122,6 +122,8 @@ class EMACallback(Callback):
             check_count(switch_every, "switch_every", at_least=1)
         if snapshots is not None and not isinstance(snapshots, Snapshots):
             raise TypeError(f"snapshots is {snapshots!r}; it must be Snapshots, such as Snapshots(every_n_steps=1000).")
+        for schedule in self.settings.decays if snapshots is not None else ():
+            check_schedule(schedule)
         check_choice(after_fit, "after_fit", get_args(AfterFit))
         if not isinstance(name, str) or not name:
             raise ValueError(f"name is {name!r}; it must be a word, such as 'ema'.")
@@ -199,7 +201,7 @@ class EMACallback(Callback):
         if self.recalibrate_batches:
             training_batches.check(pl_module, trainer)
         if trainer_facts.begins(trainer):
-            custody.steps_before, custody.switched = average.num_steps, None
+            custody.steps_before = average.num_steps
         plan = trainer_facts.plan(trainer).after(-custody.steps_before)
         epochs_before = int(self.start_epoch * (plan.steps_per_epoch or 0))
         start = average.start_step if average.started else max(self.settings.start_step, epochs_before)
@@ -426,9 +428,8 @@ class EMACallback(Callback):
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes what further passes are to find again; a file that is evaluated has none."""
-        loaded = not trainer_facts.is_fitting(trainer) and trainer.ckpt_path is not None
         mine = self.average is not None and self.average.module is pl_module and not self._held().holds_file
-        due = mine and not loaded and not trainer.sanity_checking and self._further_passes()
+        due = mine and not trainer.sanity_checking and self._further_passes()
         self._begun = second_pass.begin(trainer, pl_module) if due else None
 
     def _further_passes(self) -> dict[str, int | None]:

@@ -220,6 +220,7 @@ class Custody:
             entry["decay"] = self.average.decay
         if self._statistics:
             entry["recalibrated_at"] = self._statistics[0].made_at
+            entry["recalibrated"] = [{"at": s.made_at, "statistics": s.estimated} for s in self._statistics[1:]]
         return entry
 
     def resume(self, entry: dict[str, Any]) -> None:
@@ -229,6 +230,8 @@ class Custody:
         self.steps_before, self.switched = entry.get("steps_before", 0), entry.get("switched")
         if self._statistics and "recalibrated_at" in entry:
             self._statistics[0].keep(entry["recalibrated_at"])
+            for statistics, kept in zip(self._statistics[1:], entry["recalibrated"], strict=True):
+                statistics.made_at, statistics.estimated = kept["at"], dict(kept["statistics"])
         write(live, self.average.module)
 
     def adopt(self, steps: int, updates: int, live: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from lightning_ema import snapshot_file
 from lightning_ema.average import WeightAverage
 from lightning_ema.checks import check_count
 from lightning_ema.history import joined
+from lightning_ema.schedules import Schedule
 from lightning_ema.spelling import write_schedule
 
 _NAME = re.compile(r"snapshot-([0-9a-f]{8})-(\d+)\.pt")
@@ -155,18 +156,7 @@ def check(snapshots: Snapshots, averages: Sequence[WeightAverage]) -> Path:
     if not averages:
         raise ValueError("there are no averages to take a snapshot of; give at least one WeightAverage.")
     for average in averages:
-        if average.schedule.corrects:
-            raise ValueError(
-                f"{average.schedule!r} corrects its average by the live weights, which has no weight profile. Track "
-                "Power(sigma_rel=0.05) and Power(sigma_rel=0.10) for a synthesis."
-            )
-        try:
-            write_schedule(average.schedule)
-        except ValueError as error:
-            raise ValueError(
-                f"{error} A snapshot must say the exact schedule of its averages: track "
-                "Power(sigma_rel=0.05) and Power(sigma_rel=0.10), and give yours to synthesize(profile=...)."
-            ) from error
+        check_schedule(average.schedule)
     if any(_counters(average) != _counters(averages[0]) for average in averages):
         raise ValueError(
             "the averages belong to different modules, or were not started and updated at the same steps. Give them "
@@ -179,6 +169,26 @@ def check(snapshots: Snapshots, averages: Sequence[WeightAverage]) -> Path:
             "profile is unknown. Call start() to let it begin again, or train without snapshots."
         )
     return Path(snapshots.dirpath)
+
+
+def check_schedule(schedule: Schedule) -> None:
+    """Refuse a schedule whose averages have no weight profile that a snapshot could state.
+
+    Raises:
+        ValueError: the schedule corrects its average by the live weights, or is not of this package.
+    """
+    if schedule.corrects:
+        raise ValueError(
+            f"{schedule!r} corrects its average by the live weights, which has no weight profile. Track "
+            "Power(sigma_rel=0.05) and Power(sigma_rel=0.10) for a synthesis."
+        )
+    try:
+        write_schedule(schedule)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} A snapshot must say the exact schedule of its averages: track "
+            "Power(sigma_rel=0.05) and Power(sigma_rel=0.10), and give yours to synthesize(profile=...)."
+        ) from error
 
 
 def thinned(steps: Sequence[int], every: int, keep: int) -> list[int]:

@@ -156,10 +156,17 @@ def test_a_state_resumes_all_of_them_bit_for_bit(tmp_path):
 def test_states_that_do_not_fit_are_refused():
     net = network()
     three = WeightAverage(net, [0.9, 0.99, 0.999])
-    with pytest.raises(ValueError, match=r"holds 3 averages, of decay=\[Warmup.*asked for are 1, of decay=Warmup"):
+    with pytest.raises(
+        ValueError, match=r"of decay=\[Warmup.*, 3 in all; asked for is decay=Warmup\(0.999\), 1 in all"
+    ):
         WeightAverage(net).load_state_dict(three.state_dict())
-    with pytest.raises(ValueError, match=r"0\.weight: its value at the start is not in the state"):
+    message = r"written without Bema\(\) and does not hold the weights at the start.* Go on with decay=Warmup\(0.999\)"
+    with pytest.raises(ValueError, match=message):
         WeightAverage(net, Bema()).load_state_dict(WeightAverage(net).state_dict())
+    damaged = WeightAverage(net, Bema()).state_dict()
+    del damaged["origin"]["0.weight"]
+    with pytest.raises(ValueError, match=r"0\.weight: its value at the start is not in the state"):
+        WeightAverage(net, Bema()).load_state_dict(damaged)
     state = three.state_dict()
     state["others"][1] = {**state["others"][1], "0.weight": torch.zeros(7)}
     with pytest.raises(ValueError, match=r"0\.weight: shape \(7,\) in the state, \(4, 3\) in the module"):
@@ -216,6 +223,21 @@ class TestBema:
         bias = 40**-0.4
         expected = plain + bias * (states[30] - states[0])
         torch.testing.assert_close(profile, expected, rtol=0, atol=1e-12)
+
+    def test_a_new_start_is_a_new_origin(self):
+        net = nn.Linear(1, 1, bias=False)
+        average = WeightAverage(net, Bema(kappa=1.0, eta=2.0, rho=1.0, gamma=1.0))
+        with torch.no_grad():
+            net.weight.fill_(2.0)
+        average.start()
+        with torch.no_grad():
+            net.weight.fill_(6.0)
+        average.step()
+        assert dict(average.named_tensors())["weight"].item() == 5.0
+
+    def test_updates_left_out_do_not_keep_live_weights_out(self):
+        with pytest.raises(ValueError, match=r"on_nonfinite='skip' cannot protect Bema\(\).*Use 'raise' or 'ignore'"):
+            WeightAverage(network(), [0.9, Bema()], on_nonfinite="skip")
 
     def test_buffers_are_not_corrected(self):
         net = network()

@@ -160,10 +160,12 @@ def test_recalibrated_statistics_belong_to_each_average():
         [Constant(0.9), Constant(0.5)], others="evaluate", evaluate="both", buffers="recalibrate",
         recalibrate_batches=3, after_fit="live",
     )  # fmt: skip
-    fit(seeded(Sees), callback, max_epochs=1, num_sanity_val_steps=0)
+    module = seeded(Sees)
+    fit(module, callback, max_epochs=1, num_sanity_val_steps=0)
     assert len(seen) == 3  # the average, the live weights, the other average
     for place, (weights, _) in enumerate(seen.values()):
         if place == 1:
+            assert equal(weights, module.state_dict())
             continue
         other = Network()
         other.load_state_dict(weights)

@@ -78,8 +78,15 @@ def test_a_resumed_run_leaves_the_files_of_the_whole_one(saved_before_ours, tmp_
     assert steps_in(tmp_path / "whole") == [3, 6, 9, 12, 15, 18]
     kept = {p.name: torch.load(p, weights_only=True) for p in (tmp_path / "whole").glob("*.pt")}
     resumed = tracking(tmp_path / "whole", every=3)
-    fit(seeded(), resumed, max_epochs=3, ckpt_path=tmp_path / "x.ckpt")
+    seen = []
+
+    class Watches(Callback):
+        def on_train_start(self, trainer, pl_module):
+            seen.append(steps_in(tmp_path / "whole"))
+
+    fit(seeded(), resumed, Watches(), max_epochs=3, ckpt_path=tmp_path / "x.ckpt")
     again = {p.name: torch.load(p, weights_only=True) for p in (tmp_path / "whole").glob("*.pt")}
+    assert seen == [[3, 6, 9, 12]]
     assert kept.keys() == again.keys()  # one run: the same name in the files
     assert steps_in(tmp_path / "whole") == [3, 6, 9, 12, 15, 18]
 

@@ -72,6 +72,11 @@ def test_steps_count_from_the_start_of_the_average_and_the_last_update_holds():
     assert path(5, start_step=2, every_n_steps=3) == expected
 
 
+@pytest.mark.filterwarnings("ignore:every_n_steps")
+def test_an_average_that_was_not_updated_yet_is_not_switched_to():
+    assert path(2, every_n_steps=5)[:4] == [1, 2, 3, 4]
+
+
 def test_gradient_accumulation_counts_steps():
     seen = Path()
     callback = EMACallback(Constant(0.5), switch_every=2, after_fit="live")
