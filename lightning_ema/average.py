@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -208,9 +208,15 @@ class WeightAverage:
             copy: lend a copy, so that the evaluation may write to the parameters.
 
         Raises:
-            RuntimeError: a loan is running already; loans do not nest.
+            RuntimeError: a loan is running already; loans do not nest. Or the module holds another average since
+                :meth:`deliver`, as after a fit; :meth:`lent` puts that down meanwhile.
         """
         self._course.refuse_during_loan("lend")
+        if self._another_delivered():
+            raise RuntimeError(
+                "lend() of one average while the module holds another, as after fit. Write `with average.lent():`, or "
+                "call take_back() first."
+            )
         if not self.delivered:
             self._course.lender = self._place
         self._course.loan = Loan(() if self.delivered else self._to_lend(), copy=copy, in_place=False)
@@ -218,27 +224,37 @@ class WeightAverage:
 
     @contextmanager
     def lent(self, copy: bool = False) -> Iterator[nn.Module]:
-        """A loan for the length of a ``with`` block; gives the module. The live weights come back on errors too."""
-        loan = self.lend(copy)
-        try:
-            yield self.module
-        finally:
-            loan.recall()
+        """A loan for the length of a ``with`` block; gives the module. The live weights come back on errors too.
+
+        Where the module holds another average, as after a fit, it holds that one again afterwards.
+        """
+        with self._put_down("delivery") if self._another_delivered() else nullcontext():
+            loan = self.lend(copy)
+            try:
+                yield self.module
+            finally:
+                loan.recall()
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """Inside this block the module carries its live weights, or is lent others; then the present loan goes on."""
-        course = self._course
-        loan, lender = self.loan, course.lender
-        if loan is None:
+        with nullcontext() if self.loan is None else self._put_down("loan"):
             yield
-            return
-        with loan.suspended():
-            course.loan = None
+
+    @contextmanager
+    def _put_down(self, what: Literal["loan", "delivery"]) -> Iterator[None]:
+        course = self._course
+        held, lender = getattr(course, what), course.lender
+        with held.suspended():
+            setattr(course, what, None)
             try:
                 yield
             finally:
-                course.loan, course.lender = loan, lender
+                setattr(course, what, held)
+                course.lender = lender
+
+    def _another_delivered(self) -> bool:
+        return self.delivered and self._course.lender != self._place
 
     @property
     def loan(self) -> Loan | None:
@@ -396,16 +412,28 @@ class WeightAverage:
         Raises:
             ValueError: a newer format, another number of decays, or tensors that are missing, unknown or of another
                 shape: all are listed.
+            RuntimeError: during a loan, or this is a further one of several averages.
         """
         self._course.refuse_during_loan("load_state_dict")
+        if self._place > 0:
+            raise RuntimeError(
+                "load_state_dict() of a further one of several averages, which share one state. Call it on the first "
+                "of them, with a state that the first of them gave."
+            )
         check_state(state)
         known = state.get("histories") if state["started"] else None  # none in files of earlier versions
         histories = [History.from_state_dict(one) for one in known or [None] * len(self.averages)]
         averages = [state["average"], *state.get("others", ())]
         if state["started"] and len(averages) != len(self.averages):
             raise ValueError(
-                f"the state holds {len(averages)} averages, of decay={state['config'].get('decay')}; asked for are "
-                f"{len(self.averages)}, of decay={self.settings.describe()['decay']}. Give as many as it holds."
+                f"the state is of decay={state['config'].get('decay')}, {len(averages)} in all; asked for is "
+                f"decay={self.settings.describe()['decay']}, {len(self.averages)} in all. Give as many as it holds."
+            )
+        correcting = [repr(schedule) for schedule in self.settings.decays if schedule.corrects]
+        if state["started"] and correcting and not state.get("origin"):
+            raise ValueError(
+                f"the state was written without {correcting[0]} and does not hold the weights at the start, which that "
+                f"needs. Go on with decay={state['config'].get('decay')}, or begin a new run."
             )
         if state["started"]:
             begin = state["config"].get("buffers") != self.settings.buffers

@@ -21,7 +21,7 @@ from lightning_ema.custody import Batches, Custody
 from lightning_ema.module_hook import Hook, ModuleHook
 from lightning_ema.schedules import Plan, Schedule
 from lightning_ema.settings import Buffers, DecayPer, OnNonfinite, Settings, label
-from lightning_ema.snapshots import Snapshots, discard_future, take, write
+from lightning_ema.snapshots import Snapshots, check_schedule, discard_future, take, write
 from lightning_ema.steps import StepCounter
 
 UNTIL_EPOCH = sys.maxsize
@@ -61,7 +61,7 @@ class EMACallback(Callback):
             Hare and Tortoise. None: never.
         snapshots: write snapshots of the averages now and then, from which :func:`~lightning_ema.synthesize` makes any
             other average after the run; best with ``decay=[Power(sigma_rel=0.05), Power(sigma_rel=0.10)]``. Without a
-            ``dirpath`` they go to ``snapshots`` in the trainer's ``default_root_dir``.
+            ``dirpath`` they go to ``snapshots`` in the trainer's ``default_root_dir``. Not under ``fast_dev_run``.
         after_fit: which weights the module holds after ``fit``; ``"average"`` applies where ``evaluate`` does.
         name: tells several averages apart in log keys (``<name>/decay``) and checkpoints.
 
@@ -122,6 +122,8 @@ class EMACallback(Callback):
             check_count(switch_every, "switch_every", at_least=1)
         if snapshots is not None and not isinstance(snapshots, Snapshots):
             raise TypeError(f"snapshots is {snapshots!r}; it must be Snapshots, such as Snapshots(every_n_steps=1000).")
+        for schedule in self.settings.decays if snapshots is not None else ():
+            check_schedule(schedule)
         check_choice(after_fit, "after_fit", get_args(AfterFit))
         if not isinstance(name, str) or not name:
             raise ValueError(f"name is {name!r}; it must be a word, such as 'ema'.")
@@ -131,6 +133,7 @@ class EMACallback(Callback):
         self.others = others
         self.switch_every = switch_every
         self.snapshots = snapshots
+        self._snapshots: Snapshots | None = None
         self.after_fit = after_fit
         self.name = name
         self._state_key = checkpoints.state_key(name)  # not the class's name: files of subclasses are files of ours
@@ -171,6 +174,7 @@ class EMACallback(Callback):
         if stage == "fit":
             if self.snapshots is not None and self.snapshots.dirpath is None:
                 self.snapshots = replace(self.snapshots, dirpath=Path(trainer.default_root_dir) / "snapshots")
+            self._snapshots = None if trainer_facts.is_trial(trainer) else self.snapshots
             # before anything is built on the weights: optimizers may copy them
             if self.average is not None and self.average.module is not pl_module:
                 self._forget()
@@ -197,15 +201,15 @@ class EMACallback(Callback):
         if self.recalibrate_batches:
             training_batches.check(pl_module, trainer)
         if trainer_facts.begins(trainer):
-            custody.steps_before, custody.switched = average.num_steps, None
+            custody.steps_before = average.num_steps
         plan = trainer_facts.plan(trainer).after(-custody.steps_before)
         epochs_before = int(self.start_epoch * (plan.steps_per_epoch or 0))
         start = average.start_step if average.started else max(self.settings.start_step, epochs_before)
         self._plan = plan.after(start)
         average.bind(self._plan)
         self._start_with_epoch(trainer)
-        if self.snapshots is not None:
-            discard_future(self.snapshots, self.averages)
+        if self._snapshots is not None:
+            discard_future(self._snapshots, self.averages)
         if self._plan.total_steps is not None:
             self._advise(self._plan.total_steps)
 
@@ -241,8 +245,8 @@ class EMACallback(Callback):
             self._warn(no_step_seen(trainer.global_step))
         elif missed:
             self._say(steps_missed(missed))
-        if self.snapshots is not None and self._require().started:
-            write(self.snapshots, self.averages)
+        if self._snapshots is not None and self._require().started:
+            write(self._snapshots, self.averages)
         if self._custody is not None:
             self._custody.leave(deliver=self.after_fit == "average")
 
@@ -322,6 +326,8 @@ class EMACallback(Callback):
         custody = self._new_custody(pl_module)
         if entry is not None:
             custody.resume(entry)
+            if entry["config"].get("switch_every") != self._config()["switch_every"]:
+                custody.switched = None  # it counts epochs, or other steps
             if changed := checkpoints.changes(entry, self._config()):
                 self._warn(
                     f"the checkpoint was written with other settings; those given now hold: {'; '.join(changed)}."
@@ -369,7 +375,8 @@ class EMACallback(Callback):
 
     def _config(self) -> dict[str, str | int | bool]:
         buffers = "recalibrate" if self.recalibrate_batches else self.settings.buffers
-        return {**self.settings.describe(), "buffers": buffers, "start_epoch": self.start_epoch}
+        own = {"buffers": buffers, "start_epoch": self.start_epoch, "switch_every": self.switch_every or "never"}
+        return {**self.settings.describe(), **own}
 
     def _new_custody(self, pl_module: LightningModule) -> Custody:
         arguments = self.settings.as_arguments()
@@ -397,8 +404,8 @@ class EMACallback(Callback):
         if average is None or not steps:
             return False
         average.step(steps)
-        if self.snapshots is not None:
-            take(self.snapshots, average.averages)
+        if self._snapshots is not None:
+            take(self._snapshots, average.averages)
         if average.num_skipped and not self._skips_said:
             self._skips_said = True
             self._warn(
@@ -422,9 +429,8 @@ class EMACallback(Callback):
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes what further passes are to find again; a file that is evaluated has none."""
-        loaded = not trainer_facts.is_fitting(trainer) and trainer.ckpt_path is not None
         mine = self.average is not None and self.average.module is pl_module and not self._held().holds_file
-        due = mine and not loaded and not trainer.sanity_checking and self._further_passes()
+        due = mine and not trainer.sanity_checking and self._further_passes()
         self._begun = second_pass.begin(trainer, pl_module) if due else None
 
     def _further_passes(self) -> dict[str, int | None]:

@@ -103,6 +103,8 @@ class Custody:
     def instead(self, place: int | None, batches: Batches | None = None) -> Iterator[None]:
         """Inside this block the module carries one of several averages, or None: its live weights.
 
+        Until the first update it carries its live weights, whichever is asked for.
+
         Afterwards it carries again what it did before, also on errors.
         """
         before = self.average.lends if self.average.loan is not None else None
@@ -113,7 +115,7 @@ class Custody:
         try:
             with self.average.suspended():
                 try:
-                    if place is not None:
+                    if place is not None and self.average.num_updates > 0:
                         self._lend(place, batches)
                     yield
                 finally:
@@ -218,6 +220,7 @@ class Custody:
             entry["decay"] = self.average.decay
         if self._statistics:
             entry["recalibrated_at"] = self._statistics[0].made_at
+            entry["recalibrated"] = [{"at": s.made_at, "statistics": s.estimated} for s in self._statistics[1:]]
         return entry
 
     def resume(self, entry: dict[str, Any]) -> None:
@@ -227,6 +230,8 @@ class Custody:
         self.steps_before, self.switched = entry.get("steps_before", 0), entry.get("switched")
         if self._statistics and "recalibrated_at" in entry:
             self._statistics[0].keep(entry["recalibrated_at"])
+            for statistics, kept in zip(self._statistics[1:], entry["recalibrated"], strict=True):
+                statistics.made_at, statistics.estimated = kept["at"], dict(kept["statistics"])
         write(live, self.average.module)
 
     def adopt(self, steps: int, updates: int, live: dict[str, Any]) -> None:

@@ -52,6 +52,11 @@ def export_average(
             f"which is {which}; the checkpoint holds {1 + len(entry.get('others', ()))} averages under {name!r}, of "
             f"decay={entry['config']['decay']}, and the first is 0."
         )
+    if which > 0 and "recalibrated" in entry and entry["recalibrated"][which - 1]["at"] < 0:
+        raise ValueError(
+            f"BatchNorm statistics were estimated for the first average alone, not for that of place {which}. "
+            "others='evaluate' estimates them for all."
+        )
     weights = averaged_state_dict(content, entry, which)
     metadata = {"average": name, "steps": str(entry["num_steps"]), "decay": str(entry["config"]["decay"])}
     metadata |= {"which": str(which)} if entry.get("others") else {}
@@ -83,9 +88,9 @@ def averaged_state_dict(checkpoint: Mapping[str, Any], entry: Mapping[str, Any],
     """
     live, origin = entry["live"], entry.get("origin", {})
     stored = [entry["average"], *entry.get("others", ())][which]
+    if which > 0 and "recalibrated" in entry:
+        stored = {**stored, **entry["recalibrated"][which - 1]["statistics"]}
     bias = entry["biases"][which] if origin else 0.0
-    if which == 0 and bias and live:
-        stored = {}
     weights = {}
     for key, value in checkpoint["state_dict"].items():
         name = without_wrappers(key)
@@ -141,7 +146,7 @@ def _entry_lines(content: Mapping[str, Any], entry: Mapping[str, Any], lives: Ma
     if "decay" in entry:
         lines.append(f"decay in force: {entry['decay']:.6g}, a horizon of {horizon(entry['decay']):,.0f} steps")
     if entry.get("others"):
-        lines.append(f"{len(entry['others'])} further averages stored here ({_size(*entry['others'])})")
+        lines.append(f"further averages stored here: {len(entry['others'])} ({_size(*entry['others'])})")
     averages = {without_wrappers(k): v for k, v in averaged_state_dict(content, entry).items()}
     averages |= {} if entry.get("origin") else dict(stored)
     known = [name for name in names if name in lives and name in averages]

@@ -20,13 +20,14 @@ class Recalibration:
 
     Attributes:
         made_at: the number of updates of the average for which the statistics were estimated; -1 before the first.
+        estimated: the statistics, by name.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.made_at = -1
         self._module = module
         self._live: dict[str, Tensor] = {}
-        self._estimated: dict[str, Tensor] = {}
+        self.estimated: dict[str, Tensor] = {}
 
     def live(self) -> dict[str, Tensor]:
         """The live statistics, by name, also while the module carries the estimated ones."""
@@ -52,14 +53,14 @@ class Recalibration:
                     update_bn(batches, self._module)
                     self.keep(made_at)
                 else:
-                    _write(self._estimated, current)
+                    _write(self.estimated, current)
         except BaseException:
             self.take_out()
             raise
 
     def keep(self, made_at: int) -> None:
         """Takes the statistics that the module has now for those of the average after ``made_at`` updates."""
-        self._estimated = {name: tensor.clone() for name, tensor in statistics_of(self._module).items()}
+        self.estimated = {name: tensor.clone() for name, tensor in statistics_of(self._module).items()}
         self.made_at = made_at
 
     def take_out(self) -> None:

@@ -6,7 +6,7 @@ import math
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from numbers import Real
 from typing import Any, Literal, get_args
 
@@ -68,6 +68,11 @@ class Settings:
         check_choice(buffers, "buffers", ("average", "copy"))
         check_flag(include_frozen, "include_frozen")
         check_choice(on_nonfinite, "on_nonfinite", get_args(OnNonfinite))
+        if on_nonfinite == "skip" and any(schedule.corrects for schedule in decays):
+            raise ValueError(
+                f"on_nonfinite='skip' cannot protect {next(s for s in decays if s.corrects)!r}, which adds live "
+                "weights to the average whenever that is lent or saved. Use 'raise' or 'ignore'."
+            )
         _check_dtype(dtype)
         for schedule in decays if decay_per == "step" else ():  # else the horizon counts updates
             _warn_of_interval(every_n_steps, schedule)
@@ -127,6 +132,8 @@ def label(schedule: Schedule) -> str:
     """
     if isinstance(schedule, Warmup) and schedule == Warmup(schedule.decay):
         return repr(schedule.decay)
+    if not is_dataclass(schedule):
+        return type(schedule).__name__  # its repr may hold an address, which is another in every run
     return re.sub(r"[^\w.]+", "_", repr(schedule)).strip("_")
 
 

@@ -15,6 +15,7 @@ from lightning_ema import snapshot_file
 from lightning_ema.average import WeightAverage
 from lightning_ema.checks import check_count
 from lightning_ema.history import joined
+from lightning_ema.schedules import Schedule
 from lightning_ema.spelling import write_schedule
 
 _NAME = re.compile(r"snapshot-([0-9a-f]{8})-(\d+)\.pt")
@@ -123,6 +124,8 @@ def discard_future(snapshots: Snapshots, averages: Sequence[WeightAverage]) -> l
     if not history.run or _rank() != 0:
         return []
     present = steps_in(directory, history.run)
+    if averages[0].last_update_step in present:  # written after the checkpoint, at the end of the run resumed
+        history.snapshots = sorted({*history.snapshots, averages[0].last_update_step})
     future = [step for step in present if step not in history.snapshots]
     history.snapshots = [step for step in history.snapshots if step in present]
     if future:
@@ -153,18 +156,7 @@ def check(snapshots: Snapshots, averages: Sequence[WeightAverage]) -> Path:
     if not averages:
         raise ValueError("there are no averages to take a snapshot of; give at least one WeightAverage.")
     for average in averages:
-        if average.schedule.corrects:
-            raise ValueError(
-                f"{average.schedule!r} corrects its average by the live weights, which has no weight profile. Track "
-                "Power(sigma_rel=0.05) and Power(sigma_rel=0.10) for a synthesis."
-            )
-        try:
-            write_schedule(average.schedule)
-        except ValueError as error:
-            raise ValueError(
-                f"{error} A snapshot must say the exact schedule of its averages: track "
-                "Power(sigma_rel=0.05) and Power(sigma_rel=0.10), and give yours to synthesize(profile=...)."
-            ) from error
+        check_schedule(average.schedule)
     if any(_counters(average) != _counters(averages[0]) for average in averages):
         raise ValueError(
             "the averages belong to different modules, or were not started and updated at the same steps. Give them "
@@ -177,6 +169,26 @@ def check(snapshots: Snapshots, averages: Sequence[WeightAverage]) -> Path:
             "profile is unknown. Call start() to let it begin again, or train without snapshots."
         )
     return Path(snapshots.dirpath)
+
+
+def check_schedule(schedule: Schedule) -> None:
+    """Refuse a schedule whose averages have no weight profile that a snapshot could state.
+
+    Raises:
+        ValueError: the schedule corrects its average by the live weights, or is not of this package.
+    """
+    if schedule.corrects:
+        raise ValueError(
+            f"{schedule!r} corrects its average by the live weights, which has no weight profile. Track "
+            "Power(sigma_rel=0.05) and Power(sigma_rel=0.10) for a synthesis."
+        )
+    try:
+        write_schedule(schedule)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} A snapshot must say the exact schedule of its averages: track "
+            "Power(sigma_rel=0.05) and Power(sigma_rel=0.10), and give yours to synthesize(profile=...)."
+        ) from error
 
 
 def thinned(steps: Sequence[int], every: int, keep: int) -> list[int]:
@@ -193,6 +205,11 @@ def thinned(steps: Sequence[int], every: int, keep: int) -> list[int]:
         kept = list({-(-step // stretch): step for step in steps}.values())
         stretch *= 2
     return kept
+
+
+def is_named_as_one(path: Path) -> bool:
+    """Whether a file has the name of a snapshot."""
+    return _NAME.fullmatch(path.name) is not None
 
 
 def files_in(directory: Path) -> dict[str, list[Path]]:

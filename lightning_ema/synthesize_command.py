@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from lightning_ema.export import write_weights
+from lightning_ema.snapshots import is_named_as_one
 from lightning_ema.spelling import read_schedule, write_schedule
 from lightning_ema.synthesis import Synthesis, synthesize
 
@@ -24,6 +26,8 @@ def add_to(commands: Any) -> None:
 
 def run(given: argparse.Namespace) -> str:
     """Runs the command; gives what to print."""
+    if is_named_as_one(Path(given.out)):  # as a shell writes out snapshots/*.pt
+        raise ValueError(f"{given.out} has the name of a snapshot and is not written to. Give another file last.")
     made = synthesize(
         given.snapshots[0] if len(given.snapshots) == 1 else given.snapshots,
         sigma_rel=given.sigma_rel,

@@ -103,6 +103,11 @@ def begins(trainer: Trainer) -> bool:
     return trainer.ckpt_path is None and trainer.global_step == 0 and trainer.fit_loop.epoch_loop.total_batch_idx <= 0
 
 
+def is_trial(trainer: Trainer) -> bool:
+    """Whether this is a ``fast_dev_run``, in which nothing is to be logged or saved."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
 def spawns(trainer: Trainer) -> bool:
     """Whether the run happens in processes whose memory the main process never sees again."""
     return getattr(trainer.strategy.launcher, "_start_method", None) in ("spawn", "fork", "forkserver")

@@ -83,6 +83,38 @@ def test_each_is_lent_and_comes_back():
             assert equal(net.state_dict(), live)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_is_lent_while_the_module_holds_another(dtype):
+    net = network(dtype)
+    first = WeightAverage(net, DECAYS)
+    for _ in range(9):
+        walk(net)
+        first.step()
+    live, all_of_them = clones(net.state_dict()), [clones(each.named_tensors()) for each in first.averages]
+    first.deliver()
+    held = clones(net.state_dict())
+    for each, values in zip(first.averages, all_of_them, strict=True):
+        with each.lent():
+            assert equal({name: net.state_dict()[name] for name in values}, {n: v.to(dtype) for n, v in values.items()})
+            assert equal(first.named_live(), {name: live[name] for name in values})
+        assert equal(net.state_dict(), held)
+    with pytest.raises(RuntimeError, match=r"Write `with average\.lent\(\):`"):
+        first.averages[1].lend()
+    first.take_back()
+    assert equal(net.state_dict(), live)
+
+
+def test_the_state_of_one_of_several_is_not_taken_for_that_of_all():
+    net = network()
+    first = WeightAverage(net, [Constant(0.9), Constant(0.5)])
+    walk(net)
+    first.step()
+    before = clones(first.named_tensors())
+    with pytest.raises(RuntimeError, match="Call it on the first"):
+        first.averages[1].load_state_dict(first.averages[1].state_dict())
+    assert equal(first.named_tensors(), before)
+
+
 def test_counters_are_shared_and_any_of_them_may_count():
     net = network()
     first, second = WeightAverage(net, [Constant(0.5), Constant(0.75)]).averages
@@ -124,10 +156,17 @@ def test_a_state_resumes_all_of_them_bit_for_bit(tmp_path):
 def test_states_that_do_not_fit_are_refused():
     net = network()
     three = WeightAverage(net, [0.9, 0.99, 0.999])
-    with pytest.raises(ValueError, match=r"holds 3 averages, of decay=\[Warmup.*asked for are 1, of decay=Warmup"):
+    with pytest.raises(
+        ValueError, match=r"of decay=\[Warmup.*, 3 in all; asked for is decay=Warmup\(0.999\), 1 in all"
+    ):
         WeightAverage(net).load_state_dict(three.state_dict())
-    with pytest.raises(ValueError, match=r"0\.weight: its value at the start is not in the state"):
+    message = r"written without Bema\(\) and does not hold the weights at the start.* Go on with decay=Warmup\(0.999\)"
+    with pytest.raises(ValueError, match=message):
         WeightAverage(net, Bema()).load_state_dict(WeightAverage(net).state_dict())
+    damaged = WeightAverage(net, Bema()).state_dict()
+    del damaged["origin"]["0.weight"]
+    with pytest.raises(ValueError, match=r"0\.weight: its value at the start is not in the state"):
+        WeightAverage(net, Bema()).load_state_dict(damaged)
     state = three.state_dict()
     state["others"][1] = {**state["others"][1], "0.weight": torch.zeros(7)}
     with pytest.raises(ValueError, match=r"0\.weight: shape \(7,\) in the state, \(4, 3\) in the module"):
@@ -184,6 +223,21 @@ class TestBema:
         bias = 40**-0.4
         expected = plain + bias * (states[30] - states[0])
         torch.testing.assert_close(profile, expected, rtol=0, atol=1e-12)
+
+    def test_a_new_start_is_a_new_origin(self):
+        net = nn.Linear(1, 1, bias=False)
+        average = WeightAverage(net, Bema(kappa=1.0, eta=2.0, rho=1.0, gamma=1.0))
+        with torch.no_grad():
+            net.weight.fill_(2.0)
+        average.start()
+        with torch.no_grad():
+            net.weight.fill_(6.0)
+        average.step()
+        assert dict(average.named_tensors())["weight"].item() == 5.0
+
+    def test_updates_left_out_do_not_keep_live_weights_out(self):
+        with pytest.raises(ValueError, match=r"on_nonfinite='skip' cannot protect Bema\(\).*Use 'raise' or 'ignore'"):
+            WeightAverage(network(), [0.9, Bema()], on_nonfinite="skip")
 
     def test_buffers_are_not_corrected(self):
         net = network()

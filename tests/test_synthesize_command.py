@@ -32,6 +32,15 @@ def test_safetensors_with_metadata(directory, tmp_path, capsys):
     assert f"{made.coefficients[-1].value:+.4f}  Power(sigma_rel=0.1) at step 160" in said
 
 
+def test_a_snapshot_is_not_overwritten(directory, capsys):
+    """The shell writes out ``run/*.pt``, and the name of the new file was forgotten."""
+    files = sorted(directory.iterdir())
+    before = files[-1].read_bytes()
+    assert main(["synthesize", *map(str, files), "--sigma-rel", "0.075"]) == 1
+    assert "has the name of a snapshot and is not written to" in capsys.readouterr().err
+    assert files[-1].read_bytes() == before
+
+
 def test_pt_with_a_profile_from_listed_files_at_a_step(directory, tmp_path):
     files = [str(path) for path in next(iter(files_in(directory).values()))]
     out = tmp_path / "out.pt"

@@ -160,10 +160,12 @@ def test_recalibrated_statistics_belong_to_each_average():
         [Constant(0.9), Constant(0.5)], others="evaluate", evaluate="both", buffers="recalibrate",
         recalibrate_batches=3, after_fit="live",
     )  # fmt: skip
-    fit(seeded(Sees), callback, max_epochs=1, num_sanity_val_steps=0)
+    module = seeded(Sees)
+    fit(module, callback, max_epochs=1, num_sanity_val_steps=0)
     assert len(seen) == 3  # the average, the live weights, the other average
     for place, (weights, _) in enumerate(seen.values()):
         if place == 1:
+            assert equal(weights, module.state_dict())
             continue
         other = Network()
         other.load_state_dict(weights)
@@ -243,3 +245,9 @@ def test_what_does_not_go_together_is_refused():
         EMACallback([0.9, 0.99], evaluate="live", others="evaluate")
     with pytest.raises(ValueError, match="all evaluate their average"):
         fit(seeded(), EMACallback(name="a", evaluate="both"), EMACallback(name="b"))
+
+
+def test_until_the_first_update_the_others_are_the_live_weights_too():
+    callback = EMACallback([0.9, Constant(0.5)], others="evaluate", evaluate="both", every_n_steps=100)
+    metrics = fit(seeded(Measured), callback).callback_metrics
+    assert metrics["val_loss"] == metrics["val_loss_live"] == metrics["val_loss/ema_Constant_0.5"]

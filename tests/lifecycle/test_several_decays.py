@@ -63,6 +63,39 @@ def test_a_corrected_average_that_is_only_followed_is_exported_corrected(tmp_pat
         torch.testing.assert_close(exported[name], value, rtol=0, atol=1e-7)
 
 
+def test_the_entry_holds_the_average_before_its_correction(tmp_path):
+    callback = EMACallback(Bema(), after_fit="live")
+    fit(seeded(), callback).save_checkpoint(tmp_path / "file.ckpt")
+    (entry,) = torch.load(tmp_path / "file.ckpt")["callbacks"].values()
+    assert equal(entry["average"], callback.average.state_dict()["average"])
+    assert not equal(entry["average"], callback.average.named_tensors())
+
+
+class Network(Regression):
+    def forward(self, x):
+        return self.net(x)
+
+
+def test_recalibrated_statistics_are_exported_with_their_average(tmp_path):
+    def run(others, **kwargs):
+        callback = EMACallback(
+            [0.9, Constant(0.5)], others=others, buffers="recalibrate", recalibrate_batches=3, after_fit="live"
+        )
+        return fit(seeded(Network), callback, **kwargs)
+
+    this = run("evaluate")
+    this.save_checkpoint(tmp_path / "file.ckpt")
+    run("evaluate", max_epochs=3, ckpt_path=tmp_path / "file.ckpt").save_checkpoint(tmp_path / "again.ckpt")
+    for which, name in enumerate(("val_loss", "val_loss/ema_Constant_0.5")):
+        module = Network()
+        module.load_state_dict(torch.load(export_average(tmp_path / "file.ckpt", tmp_path / "x.pt", which=which)))
+        (alone,) = trainer().validate(module, loader(2), verbose=False)
+        assert this.callback_metrics[name] == pytest.approx(alone["val_loss"], abs=1e-6)
+    run("follow").save_checkpoint(tmp_path / "followed.ckpt")
+    with pytest.raises(ValueError, match=r"estimated for the first average alone, .* others='evaluate' estimates them"):
+        export_average(tmp_path / "followed.ckpt", tmp_path / "x.pt", which=1)
+
+
 def test_after_fit_the_module_holds_the_corrected_average():
     callback, module = EMACallback(Bema()), seeded()
     fit(module, callback)
@@ -76,12 +109,12 @@ def test_the_command_line_takes_any_of_them_and_names_the_range(tmp_path, capsys
     assert main(["export", str(tmp_path / "file.ckpt"), str(tmp_path / "out.pt"), "--which", "2"]) == 1
     assert "which is 2; the checkpoint holds 2 averages under 'ema'" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path / "file.ckpt")]) == 0
-    assert "1 further averages stored here" in capsys.readouterr().out
+    assert "further averages stored here: 1" in capsys.readouterr().out
 
 
 def test_a_file_of_another_number_of_decays_is_refused(tmp_path):
     fit(seeded(), EMACallback([0.9, 0.99])).save_checkpoint(tmp_path / "file.ckpt")
-    with pytest.raises(ValueError, match=r"holds 2 averages, .* asked for are 1"):
+    with pytest.raises(ValueError, match=r"2 in all; asked for is decay=Warmup\(0.99\), 1 in all"):
         fit(seeded(), EMACallback(0.99), ckpt_path=tmp_path / "file.ckpt")
 
 

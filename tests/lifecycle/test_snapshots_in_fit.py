@@ -48,6 +48,24 @@ def test_without_a_directory_they_go_beside_the_run(tmp_path):
     assert steps_in(tmp_path / "snapshots") == [2, 4, 6, 8, 10, 12]
 
 
+def test_the_end_of_a_run_stays_when_it_is_resumed(tmp_path, caplog):
+    saving = ModelCheckpoint(tmp_path, filename="x")  # the last file is written before the last snapshot
+    fit(seeded(), tracking(tmp_path, every=5), saving, enable_checkpointing=True)
+    assert steps_in(tmp_path) == [5, 10, 12]
+    fit(seeded(), tracking(tmp_path, every=5), max_epochs=3, ckpt_path=tmp_path / "x.ckpt")
+    assert steps_in(tmp_path) == [5, 10, 12, 15, 18]
+    assert "are removed" not in caplog.text
+
+
+def test_a_trial_run_writes_and_removes_nothing(tmp_path):
+    fit(seeded(), tracking(tmp_path, every=1), fast_dev_run=True)
+    assert steps_in(tmp_path) == []
+    fit(seeded(), tracking(tmp_path, every=5), max_epochs=1).save_checkpoint(tmp_path / "x.ckpt")
+    fit(seeded(), tracking(tmp_path, every=5), ckpt_path=tmp_path / "x.ckpt")
+    fit(seeded(), tracking(tmp_path, every=5), fast_dev_run=True, ckpt_path=tmp_path / "x.ckpt")
+    assert steps_in(tmp_path) == [5, 6, 10, 12]
+
+
 @pytest.mark.parametrize("saved_before_ours", [True, False])
 def test_a_resumed_run_leaves_the_files_of_the_whole_one(saved_before_ours, tmp_path):
     class Saves(Callback):
@@ -60,8 +78,15 @@ def test_a_resumed_run_leaves_the_files_of_the_whole_one(saved_before_ours, tmp_
     assert steps_in(tmp_path / "whole") == [3, 6, 9, 12, 15, 18]
     kept = {p.name: torch.load(p, weights_only=True) for p in (tmp_path / "whole").glob("*.pt")}
     resumed = tracking(tmp_path / "whole", every=3)
-    fit(seeded(), resumed, max_epochs=3, ckpt_path=tmp_path / "x.ckpt")
+    seen = []
+
+    class Watches(Callback):
+        def on_train_start(self, trainer, pl_module):
+            seen.append(steps_in(tmp_path / "whole"))
+
+    fit(seeded(), resumed, Watches(), max_epochs=3, ckpt_path=tmp_path / "x.ckpt")
     again = {p.name: torch.load(p, weights_only=True) for p in (tmp_path / "whole").glob("*.pt")}
+    assert seen == [[3, 6, 9, 12]]
     assert kept.keys() == again.keys()  # one run: the same name in the files
     assert steps_in(tmp_path / "whole") == [3, 6, 9, 12, 15, 18]
 

@@ -72,6 +72,11 @@ def test_steps_count_from_the_start_of_the_average_and_the_last_update_holds():
     assert path(5, start_step=2, every_n_steps=3) == expected
 
 
+@pytest.mark.filterwarnings("ignore:every_n_steps")
+def test_an_average_that_was_not_updated_yet_is_not_switched_to():
+    assert path(2, every_n_steps=5)[:4] == [1, 2, 3, 4]
+
+
 def test_gradient_accumulation_counts_steps():
     seen = Path()
     callback = EMACallback(Constant(0.5), switch_every=2, after_fit="live")
@@ -162,3 +167,21 @@ def test_a_diverging_average_of_a_loop_of_ones_own():
     average.step()
     average.apply()
     assert net.weight.item() == pytest.approx((before + 4) / 2)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_resume_with_another_interval_does_not_switch_at_once(tmp_path):
+    class Starts(Callback):
+        """The weight after the first step."""
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            self.first = getattr(self, "first", pl_module.net[0].weight[0, 0].item())
+
+    first = EMACallback(Constant(0.5), switch_every="epoch")
+    trained = fit(Line(), first, max_epochs=1, num_sanity_val_steps=0)
+    trained.save_checkpoint(tmp_path / "file.ckpt")
+    seen, callback = Starts(), EMACallback(Constant(0.5), switch_every=len(loader()) // 2 + 1)
+    live = dict(first.average.named_live())["net.0.weight"][0, 0].item()
+    with pytest.warns(UserWarning, match="switch_every: epoch in the file"):
+        fit(Line(), seen, callback, max_epochs=2, num_sanity_val_steps=0, ckpt_path=tmp_path / "file.ckpt")
+    assert seen.first == live + 1
