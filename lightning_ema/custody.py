@@ -230,7 +230,7 @@ class Custody:
         self.steps_before, self.switched = entry.get("steps_before", 0), entry.get("switched")
         if self._statistics and "recalibrated_at" in entry:
             self._statistics[0].keep(entry["recalibrated_at"])
-            for statistics, kept in zip(self._statistics[1:], entry["recalibrated"], strict=True):
+            for statistics, kept in zip(self._statistics[1:], entry.get("recalibrated", ()), strict=False):
                 statistics.made_at, statistics.estimated = kept["at"], dict(kept["statistics"])
         write(live, self.average.module)
 

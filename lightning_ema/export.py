@@ -83,8 +83,8 @@ def write_weights(weights: Mapping[str, Tensor], path: str | Path, metadata: dic
 def averaged_state_dict(checkpoint: Mapping[str, Any], entry: Mapping[str, Any], which: int = 0) -> dict[str, Tensor]:
     """``state_dict`` with one of the averages of an entry in place, in the dtype of the model.
 
-    What ``state_dict`` holds already, that of an average which evaluates, is left as it is. Where the schedule
-    corrects, an average reads ``average + bias * (live - origin)``.
+    What the entry does not store is what ``state_dict`` holds already. Where the schedule corrects, an average reads
+    ``average + bias * (live - origin)``.
     """
     live, origin = entry["live"], entry.get("origin", {})
     stored = [entry["average"], *entry.get("others", ())][which]
