@@ -11,7 +11,7 @@ import torch
 
 from lightning_ema.checks import check_count
 from lightning_ema.profiles import every, mean_age, profile
-from lightning_ema.schedules import Schedule
+from lightning_ema.schedules import Plan, Schedule
 from lightning_ema.spelling import read_schedule
 
 POINTS = 2000
@@ -30,7 +30,8 @@ def add_to(commands: Any) -> None:
 
 def run(given: argparse.Namespace) -> str:
     """Runs the command; gives what to print."""
-    schedules = {text: read_schedule(text) for text in given.schedules}
+    run_of = Plan(total_steps=given.steps)
+    schedules = {text: read_schedule(text).bind(run_of) for text in given.schedules}
     return str(plot_schedules(schedules, given.steps, given.out, given.every))
 
 

@@ -43,6 +43,14 @@ def test_what_is_drawn(drawn, tmp_path):
     assert "step 8" in right.get_title()
 
 
+def test_a_schedule_of_the_runs_length_takes_that_of_the_picture(drawn, tmp_path):
+    assert main(["plot-schedule", "Cosine(0.5, 1.0)", "--steps", "4", "--out", str(tmp_path / "a.png")]) == 0
+    # 1 - decay = (cos(pi n / 4) + 1) / 4
+    assert list(drawn[0].axes[0].lines[0].get_ydata())[:3] == pytest.approx(
+        [(1 + 0.5**0.5) / 4, 1 / 4, (1 - 0.5**0.5) / 4]
+    )
+
+
 @pytest.mark.filterwarnings("error")
 def test_the_weight_of_the_start_is_said(drawn, tmp_path):
     plot_schedules({"slow": Constant(0.9)}, 10, tmp_path / "a.png")
@@ -76,7 +84,7 @@ def test_the_command(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["Cosine(0.9, 1.0)", "--steps", "10"], "does not know the length of the run"),
+        (["HalfLife(epochs=2)", "--steps", "10"], "needs the steps per epoch, which this run does not know"),
         (["print(1)", "--steps", "10"], "no schedule 'print'"),
         (["0.9", "--steps", "0"], "steps is 0"),
         (["0.9", "--steps", "10", "--every", "11"], "no update in so few steps"),
