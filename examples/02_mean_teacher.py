@@ -23,24 +23,20 @@ class MeanTeacher(Classifier):
     def training_step(self, batch):
         images, labels = batch["labeled"]
         weak, strong, _ = batch["unlabeled"]
+        targets = self.targets(weak)
+        labeled, unlabeled = self.both(images, strong)
+        supervised = nn.functional.cross_entropy(labeled, labels)
+        return supervised + self.consistency_weight() * consistency.mse(unlabeled, targets)
+
+    def targets(self, images):
         with self.teacher_view() as teacher:
-            targets = teacher(weak)
-        labeled, unlabeled = self.both(images, strong)
-        supervised = nn.functional.cross_entropy(labeled, labels)
-        return supervised + self.consistency_weight() * consistency.mse(unlabeled, targets)
+            return teacher(images)
 
 
-class Pi(Classifier):
-    mean_teacher = settings()
-
-    def training_step(self, batch):
-        images, labels = batch["labeled"]
-        weak, strong, _ = batch["unlabeled"]
-        with torch.no_grad():
-            targets = self.student(weak)
-        labeled, unlabeled = self.both(images, strong)
-        supervised = nn.functional.cross_entropy(labeled, labels)
-        return supervised + self.consistency_weight() * consistency.mse(unlabeled, targets)
+class Pi(MeanTeacher):
+    @torch.no_grad()
+    def targets(self, images):
+        return self.student(images)
 
 
 METHODS = {"supervised": Classifier, "pi": Pi, "mean-teacher": MeanTeacher}

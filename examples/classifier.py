@@ -60,6 +60,8 @@ def train(model, data, steps, checkpoint=None, evaluations=1):
     often = {"val_check_interval": every, "check_val_every_n_epoch": None}
     trainer = Trainer(max_steps=steps, max_epochs=-1, accelerator="cpu", enable_checkpointing=False, **often, **quiet)
     trainer.fit(model, data)
+    if model.curves["step"][-1:] != [steps]:
+        trainer.validate(model, data, verbose=False)
     if checkpoint is not None:
         trainer.save_checkpoint(checkpoint)
     return model.curves
