@@ -85,13 +85,13 @@ def plot(errors, amounts, path):
             for place, method in enumerate(reversed(METHODS)):
                 values = of_seeds(errors, method, labels, weights)
                 axes.plot(values, [place + shift] * len(values), "o", color=colour, alpha=0.4, markersize=4, mew=0)
-                label = f"{WEIGHTS[weights]}: seeds and mean" if place == 0 else None
+                label = WEIGHTS[weights] if place == 0 else None
                 axes.plot(mean(values), place + shift, "|", color=colour, markersize=12, mew=2, label=label)
         axes.set(title=f"{labels} labels per class", xlabel="test error in %")
         axes.set_yticks(range(len(METHODS)), list(METHODS.values())[::-1])
         axes.set_xlim(left=0)
         axes.grid(alpha=0.3, axis="x")
-    several[0].legend(frameon=False, loc="lower right")
+    several[-1].legend(title="dots: seeds, bar: mean", frameon=False, loc="center right")
     figure.savefig(path, dpi=120)
 
 

@@ -111,7 +111,7 @@ def run_seeds(make, args):
         errors = torch.tensor([run[name] for run in runs])  # seeds x evaluations
         axes.fill_between(runs[0]["step"], errors.amin(0), errors.amax(0), color=colour, alpha=0.2, linewidth=0)
         axes.plot(runs[0]["step"], errors.mean(0), color=colour, marker=".", label=name)
-    axes.set(xlabel="step", ylabel="test error in %", yscale="log")
+    axes.set(xlabel="step", ylabel="test error in %", ylim=(0, None))
     axes.legend(title="mean and range over the seeds", frameon=False)
-    axes.grid(alpha=0.3, which="both")
+    axes.grid(alpha=0.3)
     figure.savefig(args.out / "errors.png", dpi=120)
