@@ -36,12 +36,13 @@ def trained(method, labels, seed, steps):
 
     prepared()
     seed_everything(seed, verbose=False)
+    data = Digits(labels, seed, labeled_view="weak" if method.startswith("fixmatch") else "strong")
     if method.startswith("fixmatch"):
         model = import_module("03_fixmatch").FixMatch(targets_from=method.removeprefix("fixmatch-"))
     else:
         example = import_module("02_mean_teacher")
         model = example.METHODS[method](example.settings(steps))
-    curves = train(model, Digits(labels, seed), steps)
+    curves = train(model, data, steps)
     return {name: curves[name][-1] for name in WEIGHTS}
 
 

@@ -2,7 +2,7 @@
 
 Where the network is sure of a weakly changed image, its class is the label of the strongly changed one (arXiv
 2001.07685). The pseudo-labels come from the teacher, or with ``--targets-from student`` from the student, as
-published; the average is evaluated either way.
+published; the average is evaluated either way. The labeled images are weakly changed, as published.
 """
 
 from typing import Literal
@@ -55,7 +55,7 @@ def main():
     parser = arguments(__doc__, "fixmatch")
     parser.add_argument("--targets-from", choices=["teacher", "student"], default="teacher")
     args = parser.parse_args()
-    run_seeds(lambda: FixMatch(args.targets_from), args)
+    run_seeds(lambda: FixMatch(args.targets_from), args, labeled_view="weak")
 
 
 if __name__ == "__main__":

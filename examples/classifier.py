@@ -89,13 +89,13 @@ def arguments(description, out):
     return parser
 
 
-def run_seeds(make, args):
+def run_seeds(make, args, labeled_view="strong"):
     """Trains ``make()`` once for each seed; prints the errors and draws how they developed."""
     prepared()
     runs, rows = [], []
     for seed in range(args.seeds):
         seed_everything(seed, verbose=False)
-        data = Digits(args.labels_per_class, seed)
+        data = Digits(args.labels_per_class, seed, labeled_view=labeled_view)
         model = make()
         runs.append(train(model, data, args.steps, args.out / f"seed{seed}.ckpt", evaluations=10))
         rows.append([seed, runs[-1]["student"][-1], runs[-1]["teacher"][-1]])
