@@ -85,7 +85,13 @@ class TeacherCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         average = self._require()
-        pl_module.train(pl_module.training)  # the teacher's mode, which may have been assigned since it was made
+        # set again: the settings may have been assigned since the teacher was made
+        self._teacher.train(pl_module.training and pl_module.mean_teacher.teacher_mode == "train")  # type: ignore[union-attr]
+        if not average.module.training:
+            rank_zero_warn(
+                "MeanTeacher: the student is in eval mode, so its dropout and BatchNorm do not train. Call "
+                "self.student.train() if that is not meant."
+            )
         if trainer_facts.begins(trainer):
             self._steps_before = average.num_steps
         average.bind(trainer_facts.plan(trainer).after(-self._steps_before).after(average.start_step))

@@ -448,6 +448,23 @@ class TestRefusals:
             MeanTeacherConfig(**arguments)
 
 
+def test_modes_within_the_student_are_left_alone_and_an_evaluating_student_is_told():
+    class Frozen(Taught):
+        def training_step(self, batch, batch_idx):
+            assert not self.student[1].training
+            return super().training_step(batch, batch_idx)
+
+    module = seeded(Frozen)
+    module.student[1].eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*student is in eval mode")
+        trainer(max_steps=2).fit(module, loader())
+    module = seeded(Taught)
+    module.student.eval()
+    with pytest.warns(UserWarning, match=r"the student is in eval mode, .* Call self.student.train\(\)"):
+        trainer(max_steps=1).fit(module, loader())
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
