@@ -1,7 +1,7 @@
 """Trains every semi-supervised method of examples/ with 10 and 3 labels per class; prints and draws the errors.
 
-Two runs at a time, one thread each. A seed decides which images keep their labels, the order and the initial weights;
-the 2,000 test digits are the same in all runs. No checkpoint is selected: errors are those after the last step.
+Two runs at a time, one thread each. A seed decides which 2,000 digits are for testing, which of the others keep their
+labels, the order and the initial weights. No checkpoint is selected: errors are those after the last step.
 """
 
 import argparse

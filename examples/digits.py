@@ -13,12 +13,15 @@ from lightning_ema import SemiSupervisedDataModule
 from lightning_ema.semi_supervised_data import LabeledView
 
 
-@cache  # reading them takes seconds
-def load():
+read = cache(mnist_data)  # it takes seconds
+
+
+def load(seed=0):
     """5,000 digits as ``[N, 1, 28, 28]`` in [0, 1] with labels: 3,000 for training, 2,000 for testing, stratified."""
-    images, labels = mnist_data()
+    images, labels = read()
     images, labels = torch.tensor(images, dtype=torch.float32).view(-1, 1, 28, 28) / 255, torch.tensor(labels)
-    train_x, test_x, train_y, test_y = train_test_split(images, labels, test_size=2000, stratify=labels, random_state=0)
+    chosen = {"test_size": 2000, "stratify": labels, "random_state": seed}
+    train_x, test_x, train_y, test_y = train_test_split(images, labels, **chosen)
     return TensorDataset(train_x, train_y), TensorDataset(test_x, test_y)
 
 
@@ -75,7 +78,7 @@ class Digits(SemiSupervisedDataModule):
         unlabeled_batch_size: int = 96,
         labeled_view: LabeledView = "strong",
     ):
-        train, test = load()
+        train, test = load(seed)
         super().__init__(
             train,
             labels_per_class,
