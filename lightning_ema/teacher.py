@@ -15,7 +15,6 @@ from torchmetrics import Metric
 
 from lightning_ema.teacher_callback import TeacherCallback
 from lightning_ema.teacher_config import MeanTeacherConfig
-from lightning_ema.trainer_facts import callbacks
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule as _Base
@@ -166,7 +165,7 @@ class MeanTeacherMixin(_Base):
 
     def _check_followed(self) -> None:
         trainer = self._trainer
-        if trainer is None or trainer.state.fn != "fit" or self.teacher_callback in callbacks(trainer):
+        if trainer is None or trainer.state.fn != "fit" or self.teacher_callback.known:
             return
         raise RuntimeError(
             f"{type(self).__name__}.configure_callbacks leaves the teacher's callback out, so that the teacher would "
