@@ -67,6 +67,15 @@ class MeanTeacherMixin(_Base):
     left_out_of_averages: Sequence[str] = ("teacher.*",)
     """Patterns that an ``EMACallback`` beside leaves out."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        if nn.Module in order and order.index(nn.Module) < order.index(MeanTeacherMixin):
+            raise TypeError(
+                f"{cls.__name__} names MeanTeacherMixin after its LightningModule, where it has no effect. Name it "
+                f"first: class {cls.__name__}(MeanTeacherMixin, LightningModule)."
+            )
+
     def __init__(self, *args: Any, mean_teacher: MeanTeacherConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if mean_teacher is not None:

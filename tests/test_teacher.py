@@ -461,6 +461,12 @@ class TestRefusals:
         with pytest.raises(ValueError, match=message):
             fit(seeded(Mistaken), ckpt_path=tmp_path / "x.ckpt" if resumed else None)
 
+    def test_the_mixin_named_last(self):
+        with pytest.raises(TypeError, match=r"Name it first: class Last\(MeanTeacherMixin, LightningModule\)"):
+
+            class Last(LightningModule, MeanTeacherMixin):
+                pass
+
     def test_callbacks_without_super(self):
         class Forgets(Taught):
             def configure_callbacks(self):
