@@ -12,7 +12,6 @@ from torch.utils.data import TensorDataset
 from lightning_ema import SemiSupervisedDataModule
 from lightning_ema.semi_supervised_data import LabeledView
 
-
 read = cache(mnist_data)  # it takes seconds
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -15,7 +17,6 @@ from torchmetrics import Metric
 
 from lightning_ema.teacher_callback import TeacherCallback
 from lightning_ema.teacher_config import MeanTeacherConfig
-from lightning_ema.trainer_facts import callbacks
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule as _Base
@@ -68,6 +69,15 @@ class MeanTeacherMixin(_Base):
     left_out_of_averages: Sequence[str] = ("teacher.*",)
     """Patterns that an ``EMACallback`` beside leaves out."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        if nn.Module in order and order.index(nn.Module) < order.index(MeanTeacherMixin):
+            raise TypeError(
+                f"{cls.__name__} names MeanTeacherMixin after its LightningModule, where it has no effect. Name it "
+                f"first: class {cls.__name__}(MeanTeacherMixin, LightningModule)."
+            )
+
     def __init__(self, *args: Any, mean_teacher: MeanTeacherConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if mean_teacher is not None:
@@ -75,12 +85,26 @@ class MeanTeacherMixin(_Base):
         self.teacher_callback = TeacherCallback()
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "student" and isinstance(value, nn.Module) and "teacher" in self._modules:
+            _check_apart(value, self.get_submodule("teacher"))
         super().__setattr__(name, value)
         if name == "student" and isinstance(value, nn.Module) and "teacher" not in self._modules:
             self.teacher = _copied(value)
         elif name == "teacher" and isinstance(value, nn.Module):
+            _check_apart(getattr(self, "student", None), value)
             value.requires_grad_(False)
             value.train(self.training and self.mean_teacher.teacher_mode == "train")
+
+    def save_hyperparameters(
+        self, *args: Any, ignore: Sequence[str] | str | None = None, frame: FrameType | None = None, logger: bool = True
+    ) -> None:
+        """As in Lightning, without ``mean_teacher``: settings of a training are no hyperparameters of the network.
+
+        A file could not hold them as plain values. Give them to ``load_from_checkpoint(..., mean_teacher=...)``.
+        """
+        ignored = [ignore] if isinstance(ignore, str) else list(ignore or ())
+        frame = frame or cast(FrameType, cast(FrameType, inspect.currentframe()).f_back)
+        super().save_hyperparameters(*args, ignore=[*ignored, "mean_teacher"], frame=frame, logger=logger)
 
     # --- in training ------------------------------------------------------------------------------------------------
 
@@ -166,7 +190,7 @@ class MeanTeacherMixin(_Base):
 
     def _check_followed(self) -> None:
         trainer = self._trainer
-        if trainer is None or trainer.state.fn != "fit" or self.teacher_callback in callbacks(trainer):
+        if trainer is None or trainer.state.fn != "fit" or self.teacher_callback.known:
             return
         raise RuntimeError(
             f"{type(self).__name__}.configure_callbacks leaves the teacher's callback out, so that the teacher would "
@@ -182,6 +206,16 @@ def for_both(**metrics: Metric) -> nn.ModuleDict:
             for name in ("teacher", "student")
         }
     )
+
+
+def _check_apart(student: nn.Module | None, teacher: nn.Module) -> None:
+    of_student = {} if student is None else {id(p): name for name, p in student.named_parameters()}
+    shared = [of_student[id(p)] for p in teacher.parameters() if id(p) in of_student]
+    if shared:
+        raise ValueError(
+            f"the teacher shares {len(shared)} parameters with the student: {', '.join(shared[:4])}. Freezing it would "
+            "freeze the student. Build it anew, or leave self.teacher out: it is made as a copy of the student."
+        )
 
 
 def _copied(student: nn.Module) -> nn.Module:

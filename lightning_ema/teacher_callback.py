@@ -36,6 +36,8 @@ class TeacherCallback(Callback):
         self._steps_before = 0
         self._buffers = "average"
         self._teacher = nn.Module()
+        self.known = False
+        """Whether a trainer had this callback at some time. A tuner sets all callbacks aside for a while."""
 
     @property
     def state_key(self) -> str:
@@ -57,6 +59,7 @@ class TeacherCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         trainer_facts.check_strategy(trainer)
+        self.known = True
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _check_optimizers(trainer, pl_module)
@@ -68,25 +71,27 @@ class TeacherCallback(Callback):
                 "MeanTeacher: with buffers='ignore' and teacher_mode='eval' the teacher's BatchNorm statistics stay "
                 "what they are now, while its weights move on. Write buffers='average', or teacher_mode='train'."
             )
+        _check_recalibration(trainer, teacher)
         self._teacher, self._buffers = teacher, config.buffers
         if trainer.ckpt_path is None:
             self._loaded = None  # of a file that was only tested or validated
         begins = trainer_facts.begins(trainer) and self._loaded is None
-        if self._average is None or self._average.module is not student or begins or self._loaded is not None:
-            self._average = _average(student, teacher, config)
-            if begins:
-                self._average.start_at(0)
-                with torch.no_grad():
-                    _copy_frozen(student, teacher, self._average)
-                self._copy_buffers()
-            else:
-                self._go_on(self._average)
+        if not begins and self._loaded is None and self._average is not None and self._average.module is student:
+            self._loaded = self.state_dict()  # the teacher, its tensors or the settings may have been replaced
+        self._average = _average(student, teacher, config)
+        if begins:
+            self._average.start_at(0)
+            with torch.no_grad():
+                _copy_frozen(student, teacher, self._average)
+            self._copy_buffers()
+        else:
+            self._go_on(self._average)
         self._steps.hold(self._average.owns)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         average = self._require()
-        # set again: the settings may have been assigned since the teacher was made
-        self._teacher.train(pl_module.training and pl_module.mean_teacher.teacher_mode == "train")  # type: ignore[union-attr]
+        config: MeanTeacherConfig = pl_module.mean_teacher  # type: ignore[assignment]
+        self._teacher.train(pl_module.training and config.teacher_mode == "train")  # may be assigned late
         if not average.module.training:
             rank_zero_warn(
                 "MeanTeacher: the student is in eval mode, so its dropout and BatchNorm do not train. Call "
@@ -98,6 +103,7 @@ class TeacherCallback(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _check_optimizers(trainer, pl_module)  # again: what is unfrozen in training is added to an optimizer
+        self._teacher.requires_grad_(False)  # again: the whole module may have been unfrozen
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._require().refresh()
@@ -208,6 +214,15 @@ def _check_optimizers(trainer: Trainer, pl_module: LightningModule) -> None:
         )
 
 
+def _check_recalibration(trainer: Trainer, teacher: nn.Module) -> None:
+    recalibrating = any(getattr(callback, "recalibrate_batches", 0) for callback in trainer_facts.callbacks(trainer))
+    if recalibrating and statistics_of(teacher):
+        raise ValueError(
+            "buffers='recalibrate' of an EMACallback empties the BatchNorm statistics of the whole module, the "
+            "teacher's too, and they are not filled again. Write EMACallback(buffers='average') beside a teacher."
+        )
+
+
 def _average(student: nn.Module, teacher: nn.Module, config: MeanTeacherConfig) -> WeightAverage:
     narrow = [
         name for name, p in teacher.named_parameters() if p.is_floating_point() and torch.finfo(p.dtype).bits < 32
@@ -239,7 +254,7 @@ def _copy_frozen(student: nn.Module, teacher: nn.Module, average: WeightAverage)
 def _copy_buffers(student: nn.Module, teacher: nn.Module, average: WeightAverage) -> None:
     """Copies the buffers that are not averaged."""
     held = {name for name, _ in average.named_tensors()}
-    of_teacher = dict(teacher.named_buffers())
+    of_teacher = {without_wrappers(name): buffer for name, buffer in teacher.named_buffers()}
     for name, buffer in student.named_buffers():
-        if without_wrappers(name) not in held:
+        if (name := without_wrappers(name)) not in held:
             of_teacher[name].copy_(buffer)

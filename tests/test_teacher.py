@@ -9,6 +9,8 @@ import torch
 from helpers import BATCHES, clones, equal, fit, loader, seeded, trainer
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torchmetrics import MeanSquaredError
 
@@ -120,6 +122,20 @@ class TestIsMade:
         assert module.teacher is module.own and not any(p.requires_grad for p in module.own.parameters())
         assert not equal(module.student.state_dict(), module.teacher.state_dict())
         fit(module, max_steps=1)
+
+    @pytest.mark.parametrize("first", ["teacher", "student"])
+    def test_a_teacher_that_shares_the_students_parameters_is_refused(self, first):
+        class Shares(Taught):
+            def __init__(self):
+                super(Taught, self).__init__()
+                net = network()
+                other = nn.Sequential(net, nn.Identity())
+                self.teacher, self.student = (net, other) if first == "teacher" else (network(), net)
+                if first == "student":
+                    self.teacher = other
+
+        with pytest.raises(ValueError, match=r"the teacher shares 6 parameters with the student: .*Build it anew"):
+            Shares()
 
     def test_a_student_that_cannot_be_copied_is_told_the_way(self):
         class Locked(nn.Linear):
@@ -248,6 +264,35 @@ class TestFollows:
         assert torch.equal(module.student[0].weight, module.teacher[0].weight)
 
 
+def test_a_part_of_the_student_keeps_its_mode():
+    class Modes(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            assert pl_module.student[0].training
+            assert not pl_module.student[1].training
+
+    module = seeded(Taught)
+    module.student[1].eval()  # frozen statistics: Lightning begins a fit with the modes as they are
+    fit(module, Modes())
+
+
+def test_a_module_unfrozen_as_a_whole_leaves_the_teacher_frozen():
+    class Unfreeze(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            pl_module.requires_grad_(True)
+
+    module = seeded(Taught)
+    fit(module, Unfreeze())
+    assert not any(parameter.requires_grad for parameter in module.teacher.parameters())
+
+
+def test_a_student_compiled_later():
+    module = seeded(Taught)
+    student = module.student
+    module.student = torch.compile(student, backend="eager")
+    fit(module, max_epochs=1)
+    assert torch.equal(module.teacher[1].num_batches_tracked, student[1].num_batches_tracked)
+
+
 class TestStart:
     def test_the_teacher_is_set_to_the_student_once(self):
         module = seeded(Taught)
@@ -262,6 +307,44 @@ class TestStart:
         this.callbacks.append(again)
         this.fit(module, loader(), loader(2))
         assert equal(again.teachers[0], before)  # a further fit goes on
+        assert module.teacher_callback.num_steps == 2 * BATCHES
+
+    @pytest.mark.parametrize("replaced", ["teacher", "tensors", "settings"])
+    def test_a_further_fit_takes_what_was_replaced(self, replaced):
+        module = seeded(Taught)
+        this = fit(module, max_epochs=1)
+        if replaced == "teacher":
+            module.teacher = copy.deepcopy(module.teacher)
+        elif replaced == "tensors":
+            module.load_state_dict(clones(module.state_dict()), assign=True)
+        else:
+            module.mean_teacher = MeanTeacherConfig(decay=Constant(0.0))
+        before = clones(module.teacher.state_dict())
+        this.fit_loop.max_epochs = 2
+        this.fit(module, loader(), loader(2))
+        assert not torch.equal(module.teacher[0].weight, before["0.weight"])
+        assert module.teacher_callback.num_steps == 2 * BATCHES
+        if replaced == "settings":
+            assert equal(module.teacher.named_parameters(), module.student.named_parameters())
+
+    @pytest.mark.parametrize("tune", ["lr_find", "scale_batch_size"])
+    def test_after_a_tuner_training_is_the_same(self, tune, tmp_path):
+        class Tuned(Taught):
+            lr = 0.02
+            batch_size = 8
+
+            def train_dataloader(self):
+                return loader(batch_size=self.batch_size)
+
+            def val_dataloader(self):
+                return loader(2)
+
+        module, untouched = seeded(Tuned), seeded(Tuned)
+        arguments = {"num_training": 4, "update_attr": False} if tune == "lr_find" else {"max_trials": 1}
+        getattr(Tuner(trainer(default_root_dir=tmp_path)), tune)(module, **arguments)
+        fit(module)
+        fit(untouched)
+        assert equal(module.state_dict(), untouched.state_dict())
         assert module.teacher_callback.num_steps == 2 * BATCHES
 
     def test_a_new_trainer_is_a_fresh_run(self):
@@ -346,6 +429,23 @@ class TestFiles:
             assert module.teacher_callback.average.module is module.student
 
 
+class Saves(Taught):
+    def __init__(self, width: int = 8, mean_teacher: MeanTeacherConfig | None = None):
+        super().__init__(mean_teacher=mean_teacher)
+        self.save_hyperparameters()
+
+
+def test_settings_are_no_hyperparameters(tmp_path):
+    module = Saves(width=5, mean_teacher=MeanTeacherConfig(decay=Constant(0.25)))
+    assert dict(module.hparams) == {"width": 5}
+    this = fit(module, logger=CSVLogger(tmp_path), max_epochs=1)
+    this.save_checkpoint(tmp_path / "x.ckpt")
+    assert torch.load(tmp_path / "x.ckpt", weights_only=True)["hyper_parameters"] == {"width": 5}
+    loaded = Saves.load_from_checkpoint(tmp_path / "x.ckpt", mean_teacher=MeanTeacherConfig(predict_on="student"))
+    assert loaded.hparams.width == 5 and loaded.mean_teacher.predict_on == "student"
+    assert equal(loaded.state_dict(), module.state_dict())
+
+
 class TestPrediction:
     @pytest.mark.parametrize("network_name", ["teacher", "student"])
     def test_forward_and_predict(self, network_name):
@@ -392,6 +492,12 @@ class TestRefusals:
         message = r"holds 6 parameters of the teacher: teacher.0.weight, .* write self.student.parameters\(\)"
         with pytest.raises(ValueError, match=message):
             fit(seeded(Mistaken), ckpt_path=tmp_path / "x.ckpt" if resumed else None)
+
+    def test_the_mixin_named_last(self):
+        with pytest.raises(TypeError, match=r"Name it first: class Last\(MeanTeacherMixin, LightningModule\)"):
+
+            class Last(LightningModule, MeanTeacherMixin):
+                pass
 
     def test_callbacks_without_super(self):
         class Forgets(Taught):
@@ -496,6 +602,10 @@ class TestBesideAnEMACallback:
         whole, module = EMACallback(0.9, include_frozen=include_frozen), seeded(Taught)
         fit(module, whole, max_epochs=3)
         assert again.average.num_steps == whole.average.num_steps == module.teacher_callback.num_steps
+
+    def test_recalibration_would_empty_the_teachers_statistics(self):
+        with pytest.raises(ValueError, match="buffers='recalibrate' of an EMACallback empties the BatchNorm"):
+            fit(seeded(Taught), EMACallback(0.9, buffers="recalibrate"))
 
     def test_the_teachers_callback_is_no_superclass_of_others(self):
         ema = EMACallback(0.9)
