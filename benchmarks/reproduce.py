@@ -92,7 +92,8 @@ def plot(errors, amounts, path):
         axes.set_yticks(range(len(METHODS)), list(METHODS.values())[::-1])
         axes.set_xlim(left=0)
         axes.grid(alpha=0.3, axis="x")
-    several[-1].legend(title="dots: seeds, bar: mean", frameon=False, loc="center right")
+    handles, labels = several[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, title="dots: seeds, bars: means", loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path, dpi=120)
 
 
