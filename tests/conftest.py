@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
 
 torch.set_num_threads(1)  # the modules are tiny: more threads only get in each other's way
 
@@ -47,3 +48,15 @@ def count_allocations():
             yield allocations
 
     return counting
+
+
+@pytest.fixture(autouse=True)
+def dataloaders_as_torch_has_them():
+    """Lightning 2.4 leaves the class patched where a module's or data module's loader method raises."""
+    before = dict(vars(DataLoader))
+    yield
+    for name in ("__init__", "__setattr__", "__delattr__"):
+        if name in before and vars(DataLoader)[name] is not before[name]:
+            setattr(DataLoader, name, before[name])
+        elif name not in before and name in vars(DataLoader):
+            delattr(DataLoader, name)
