@@ -12,7 +12,7 @@ def check_decay(value: float, schedule: object) -> None:
 
     Zero is exempt from the warning: it asks for a plain copy, as in ``Then(0.0, at=100, second=0.999)``.
     """
-    check_share(value, "decay", schedule)
+    check_share(value, f"{type(schedule).__name__}: decay")
     if 0 < value < 0.5:
         warnings.warn(
             f"{type(schedule).__name__}: decay is {value}, so each step replaces {1 - value:.3g} of the average. If "
@@ -21,19 +21,18 @@ def check_decay(value: float, schedule: object) -> None:
         )
 
 
-def check_share(value: float, name: str, schedule: object) -> None:
+def check_share(value: float, name: str) -> None:
     """Refuse a value that is not a number in [0, 1]."""
-    owner = type(schedule).__name__
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{owner}: {name} is {value!r}; it must be a number from 0 to 1, for instance 0.999.")
+        raise TypeError(f"{name} is {value!r}; it must be a number from 0 to 1, for instance 0.999.")
     if not 0 <= value <= 1:
-        raise ValueError(f"{owner}: {name} is {value!r}; it must lie in [0, 1], for instance 0.999.")
+        raise ValueError(f"{name} is {value!r}; it must lie in [0, 1], for instance 0.999.")
 
 
-def check_positive(value: float, name: str, schedule: object) -> None:
+def check_positive(value: float, name: str) -> None:
     """Refuse a value that is not a positive, finite number."""
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
-        raise ValueError(f"{type(schedule).__name__}: {name} is {value!r}; it must be a positive, finite number.")
+        raise ValueError(f"{name} is {value!r}; it must be a positive, finite number.")
 
 
 def check_weight(value: float, name: str) -> None:

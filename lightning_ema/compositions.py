@@ -34,9 +34,9 @@ class Power(Schedule):
                 "for instance Power(sigma_rel=0.1)."
             )
         if self.gamma is not None and self.gamma != 0:
-            check_positive(self.gamma, "gamma", self)
+            check_positive(self.gamma, "Power: gamma")
         if self.sigma_rel is not None:
-            check_positive(self.sigma_rel, "sigma_rel", self)
+            check_positive(self.sigma_rel, "Power: sigma_rel")
             if self.sigma_rel > _WIDEST:
                 raise ValueError(
                     f"Power: sigma_rel is {self.sigma_rel!r}; it must lie in (0, {_WIDEST:.4f}], where the upper end "
@@ -220,7 +220,7 @@ class Scaled(Schedule):
     batch_factor: float
 
     def __post_init__(self) -> None:
-        check_positive(self.batch_factor, "batch_factor", self)
+        check_positive(self.batch_factor, "Scaled: batch_factor")
         _inner(self.schedule)
 
     def __call__(self, n: int) -> float:
@@ -261,7 +261,7 @@ class Bema(Schedule):
 
     def __post_init__(self) -> None:
         for name in ("kappa", "eta", "rho", "gamma"):
-            check_positive(getattr(self, name), name, self)
+            check_positive(getattr(self, name), f"Bema: {name}")
         if self.rho < 1:
             raise ValueError(f"Bema: rho is {self.rho!r}; it must be at least 1 (the usual value is 10).")
 

@@ -13,8 +13,7 @@ from lightning_ema.loan import Loan
 from lightning_ema.pairing import Pairing
 from lightning_ema.schedules import Plan, Schedule
 from lightning_ema.settings import Settings
-
-COUNTERS = ("num_steps", "num_updates", "num_skipped", "last_update_step", "start_step")
+from lightning_ema.state import COUNTERS
 
 
 class Course:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, Literal
 
 import torch
@@ -92,11 +92,7 @@ class Custody:
     @contextmanager
     def carried(self, batches: Batches | None) -> Iterator[None]:
         """The module carries the average inside this block: already, or on a loan of its own."""
-        beside = self.average.loan is not None and self.average.lends != 0
-        if (self.gives_average and beside) or self.lends:
-            with self.instead(0, batches):
-                yield
-        else:
+        with self.instead(0, batches) if self.lends else nullcontext():
             yield
 
     @contextmanager

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from numbers import Real
 from typing import Literal, TypedDict
 
+from lightning_ema.checks import check_positive, check_share
 from lightning_ema.schedules import Schedule
 from lightning_ema.settings import DecayPer
 
@@ -31,10 +31,7 @@ def buffers_where(averaged: bool) -> Literal["average", "copy"]:
 
 def share(value: float, argument: str) -> float:
     """The value, where it is a number in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{argument} is {value!r}; it must be a number from 0 to 1.")
-    if not 0 <= value <= 1:
-        raise ValueError(f"{argument} is {value!r}; it must lie in [0, 1].")
+    check_share(value, argument)
     return value
 
 
@@ -50,6 +47,5 @@ def decay_of(momentum: float, argument: str) -> float:
 
 def positive(value: float, argument: str) -> float:
     """The value, where it is a positive, finite number."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
-        raise ValueError(f"{argument} is {value!r}; it must be a positive, finite number.")
+    check_positive(value, argument)
     return value

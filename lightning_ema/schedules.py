@@ -124,7 +124,7 @@ class Warmup(Schedule):
 
     def __post_init__(self) -> None:
         check_decay(self.decay, self)
-        check_positive(self.offset, "offset", self)
+        check_positive(self.offset, "Warmup: offset")
         if self.offset < 1:
             raise ValueError(f"Warmup: offset is {self.offset!r}; it must be at least 1 (the usual value is 10).")
 
@@ -162,7 +162,7 @@ class HalfLife(Schedule):
                 f"HalfLife: got {', '.join(given) or 'nothing'}; give exactly one of steps=, epochs= and samples=, "
                 "for instance HalfLife(steps=1000)."
             )
-        check_positive(getattr(self, given[0]), given[0], self)
+        check_positive(getattr(self, given[0]), f"HalfLife: {given[0]}")
 
     def __call__(self, n: int) -> float:
         return self.product(n - 1, n)
@@ -202,7 +202,7 @@ class Ramp(Schedule):
 
     def __post_init__(self) -> None:
         check_decay(self.decay, self)
-        check_positive(self.tau, "tau", self)
+        check_positive(self.tau, "Ramp: tau")
 
     def __call__(self, n: int) -> float:
         return -self.decay * math.expm1(-n / self.tau)
@@ -227,7 +227,7 @@ class Annealing(Schedule):
 
     def __post_init__(self) -> None:
         check_decay(self.decay, self)
-        check_positive(self.gamma, "gamma", self)
+        check_positive(self.gamma, "Annealing: gamma")
 
     def __call__(self, n: int) -> float:
         return min(self.decay, n / (self.gamma + n))
@@ -258,9 +258,9 @@ class ExponentialAnnealing(Schedule):
 
     def __post_init__(self) -> None:
         check_decay(self.decay, self)
-        check_positive(self.gamma, "gamma", self)
+        check_positive(self.gamma, "ExponentialAnnealing: gamma")
         if self.offset != 0:
-            check_positive(self.offset, "offset", self)
+            check_positive(self.offset, "ExponentialAnnealing: offset")
 
     def __call__(self, n: int) -> float:
         return -self.decay * math.expm1(-(n + self.offset) / self.gamma)
@@ -288,10 +288,10 @@ class Cosine(Schedule):
     extra_steps: int = 0
 
     def __post_init__(self) -> None:
-        check_share(self.start, "start", self)
-        check_share(self.end, "end", self)
+        check_share(self.start, "Cosine: start")
+        check_share(self.end, "Cosine: end")
         if self.total_steps is not None:
-            check_positive(self.total_steps, "total_steps", self)
+            check_positive(self.total_steps, "Cosine: total_steps")
         check_count(self.extra_steps, "Cosine: extra_steps", at_least=0)
 
     def __call__(self, n: int) -> float:
@@ -334,9 +334,9 @@ class InversePower(Schedule):
 
     def __post_init__(self) -> None:
         check_decay(self.decay, self)
-        check_positive(self.inv_gamma, "inv_gamma", self)
-        check_positive(self.power, "power", self)
-        check_share(self.min_decay, "min_decay", self)
+        check_positive(self.inv_gamma, "InversePower: inv_gamma")
+        check_positive(self.power, "InversePower: power")
+        check_share(self.min_decay, "InversePower: min_decay")
         if self.min_decay > self.decay:
             raise ValueError(f"InversePower: min_decay {self.min_decay} is above decay {self.decay}; swap them.")
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from lightning_ema.checks import check_choice, check_count, check_flag
 from lightning_ema.splits import check_map_style, labels_of, len_of, split_by_class
 from lightning_ema.streams import Draws, Stream
-from lightning_ema.trainer_facts import is_fitting
+from lightning_ema.trainer_facts import batches_done, is_fitting, process_of
 from lightning_ema.views import Collate, LabeledBatches, Transform, UnlabeledBatches
 
 LabeledView = Literal["weak", "strong"]
@@ -226,20 +226,3 @@ class SemiSupervisedDataModule(LightningDataModule):
                 f"the checkpoint was trained with the split {state_dict}, and this data module has "
                 f"{self.state_dict()}. Resume with the same, or load the weights alone and start a new run."
             )
-
-
-def process_of(trainer: Trainer | None) -> tuple[int, int]:
-    """This process among those that share the data: its rank and their number."""
-    shared = None if trainer is None else trainer.distributed_sampler_kwargs
-    return (0, 1) if shared is None else (shared["rank"], shared["num_replicas"])
-
-
-def batches_done(trainer: Trainer) -> int:
-    """The training batches of the run so far, those before a resume included; those of the epoch under overfitting.
-
-    A batch that a file was saved in counts once its step was taken. Lightning's number of epochs would not do: 2.6
-    skips one on resuming a run with ``max_steps`` from the end of an epoch.
-    """
-    epoch_loop: Any = trainer.fit_loop.epoch_loop  # types that Lightning does not declare
-    done = int(epoch_loop.batch_progress.total.processed)
-    return done % int(trainer.num_training_batches) if trainer.overfit_batches else done  # type: ignore[attr-defined]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-_COUNTERS = ("num_steps", "num_updates", "num_skipped", "last_update_step", "start_step")
+COUNTERS = ("num_steps", "num_updates", "num_skipped", "last_update_step", "start_step")
 
 FORMAT = 1
 """The format that is written, and the only one that is read so far."""
@@ -23,7 +23,7 @@ def check_state(state: dict[str, Any]) -> None:
             f"the state has format {state.get('format')!r}; this version of lightning_ema reads format {FORMAT}. "
             "Update lightning_ema to read files that a newer one wrote."
         )
-    kinds: dict[str, type] = dict.fromkeys(_COUNTERS, int) | {"started": bool, "config": dict, "average": dict}
+    kinds: dict[str, type] = dict.fromkeys(COUNTERS, int) | {"started": bool, "config": dict, "average": dict}
     wrong = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
     sets = {key: state.get(key) for key in ("average", "live", "origin")}
     sets |= {f"others[{place}]": tensors for place, tensors in enumerate(state.get("others", ()))}

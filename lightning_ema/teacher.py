@@ -93,7 +93,7 @@ class MeanTeacherMixin(_Base):
         elif name == "teacher" and isinstance(value, nn.Module):
             _check_apart(getattr(self, "student", None), value)
             value.requires_grad_(False)
-            value.train(self.training and self.mean_teacher.teacher_mode == "train")
+            value.train(self.mean_teacher.teacher_trains(self.training))
 
     def save_hyperparameters(
         self, *args: Any, ignore: Sequence[str] | str | None = None, frame: FrameType | None = None, logger: bool = True
@@ -117,7 +117,7 @@ class MeanTeacherMixin(_Base):
         """
         self._check_followed()
         teacher: nn.Module = self.teacher
-        wanted = self.training and self.mean_teacher.teacher_mode == "train"
+        wanted = self.mean_teacher.teacher_trains(self.training)
         if teacher.training != wanted:
             teacher.train(wanted)
         precision = nullcontext() if self._trainer is None else self._trainer.precision_plugin.forward_context()
@@ -133,7 +133,7 @@ class MeanTeacherMixin(_Base):
         """Sets the mode of all submodules; the teacher is in train mode only where ``teacher_mode`` says so."""
         super().train(mode)
         if "teacher" in self._modules:
-            self.teacher.train(mode and self.mean_teacher.teacher_mode == "train")
+            self.teacher.train(self.mean_teacher.teacher_trains(mode))
         return self
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:

@@ -91,7 +91,7 @@ class TeacherCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         average = self._require()
         config: MeanTeacherConfig = pl_module.mean_teacher  # type: ignore[assignment]
-        self._teacher.train(pl_module.training and config.teacher_mode == "train")  # may be assigned late
+        self._teacher.train(config.teacher_trains(pl_module.training))  # may be assigned late
         if not average.module.training:
             rank_zero_warn(
                 "MeanTeacher: the student is in eval mode, so its dropout and BatchNorm do not train. Call "

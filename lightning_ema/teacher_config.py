@@ -78,6 +78,10 @@ class MeanTeacherConfig:
         (schedule,) = as_schedules(self.decay)
         return Then(0.0, at=self.burn_in_steps, second=schedule) if self.burn_in_steps else schedule
 
+    def teacher_trains(self, training: bool) -> bool:
+        """Whether the teacher is in train mode while its module is (``training``)."""
+        return training and self.teacher_mode == "train"
+
     def weight(self, step: int) -> float:
         """The weight of the unsupervised loss after ``step`` steps: 0 in the burn-in, then rising along the ramp."""
         if step < self.burn_in_steps:

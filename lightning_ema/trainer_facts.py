@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from importlib.metadata import PackageNotFoundError, version
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import lightning_utilities.core.rank_zero as rank_zero
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -121,3 +121,20 @@ def logs_this_step(trainer: Trainer) -> bool:
 def trainer_of(module: LightningModule) -> Trainer | None:
     """The trainer that the module is attached to; None where there is none."""
     return module._trainer
+
+
+def process_of(trainer: Trainer | None) -> tuple[int, int]:
+    """This process among those that share the data: its rank and their number."""
+    shared = None if trainer is None else trainer.distributed_sampler_kwargs
+    return (0, 1) if shared is None else (shared["rank"], shared["num_replicas"])
+
+
+def batches_done(trainer: Trainer) -> int:
+    """The training batches of the run so far, those before a resume included; those of the epoch under overfitting.
+
+    A batch that a file was saved in counts once its step was taken. Lightning's number of epochs would not do: 2.6
+    skips one on resuming a run with ``max_steps`` from the end of an epoch.
+    """
+    epoch_loop: Any = trainer.fit_loop.epoch_loop  # types that Lightning does not declare
+    done = int(epoch_loop.batch_progress.total.processed)
+    return done % int(trainer.num_training_batches) if trainer.overfit_batches else done  # type: ignore[attr-defined]

@@ -60,6 +60,24 @@ class Taught(MeanTeacherMixin, LightningModule):
         return torch.optim.Adam(self.student.parameters(), 0.02)
 
 
+class Manual(Taught):
+    """Manual optimization with two optimizers, which step in turn in every batch."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+    def configure_optimizers(self):
+        parts = [self.student[0].parameters(), self.student[4].parameters()]
+        return [torch.optim.Adam(part, 0.01) for part in parts]
+
+
 class Path(Callback):
     """The student's state after each batch, and the teacher's."""
 
@@ -224,21 +242,6 @@ class TestFollows:
         torch.testing.assert_close(seen.teachers[-1]["0.weight"], expected)
 
     def test_manual_optimization_with_two_optimizers(self):
-        class Manual(Taught):
-            def __init__(self):
-                super().__init__()
-                self.automatic_optimization = False
-
-            def training_step(self, batch, batch_idx):
-                for optimizer in self.optimizers():
-                    optimizer.zero_grad()
-                    self.manual_backward(super().training_step(batch, batch_idx))
-                    optimizer.step()
-
-            def configure_optimizers(self):
-                parts = [self.student[0].parameters(), self.student[4].parameters()]
-                return [torch.optim.SGD(part, 0.01) for part in parts]
-
         module, _ = path(MeanTeacherConfig(), Manual)
         assert module.teacher_callback.num_steps == 2 * BATCHES
 

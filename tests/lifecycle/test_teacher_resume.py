@@ -8,30 +8,12 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from packaging.version import Version
 from test_resume_anywhere import EPOCHS, POINTS, Resumable, Saves
-from test_teacher import Taught
+from test_teacher import Manual, Taught
 from torch import nn
 
 from lightning_ema import Constant, Cosine, MeanTeacherConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-class Manual(Taught):
-    """Manual optimization with two optimizers, which step in turn in every batch."""
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        for optimizer in self.optimizers():
-            optimizer.zero_grad()
-            self.manual_backward(super().training_step(batch, batch_idx))
-            optimizer.step()
-
-    def configure_optimizers(self):
-        parts = [self.student[0].parameters(), self.student[4].parameters()]
-        return [torch.optim.Adam(part, 0.01) for part in parts]
 
 
 class Calm(Taught):
