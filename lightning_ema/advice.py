@@ -52,6 +52,11 @@ def switching(every: int | str) -> str:
     )
 
 
+def other_settings(changed: Sequence[str]) -> str:
+    """A warning where a run is resumed with other settings than its file was written with."""
+    return f"the checkpoint was written with other settings; those given now hold: {'; '.join(changed)}."
+
+
 def no_step_seen(global_step: int) -> str:
     """A warning where the trainer counted steps and the average none."""
     return (

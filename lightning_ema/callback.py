@@ -14,7 +14,15 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_ema import checkpoint as checkpoints
 from lightning_ema import second_pass, trainer_facts, training_batches
-from lightning_ema.advice import introduction, no_step_seen, steps_missed, still_rising, switching, too_long
+from lightning_ema.advice import (
+    introduction,
+    no_step_seen,
+    other_settings,
+    steps_missed,
+    still_rising,
+    switching,
+    too_long,
+)
 from lightning_ema.average import WeightAverage
 from lightning_ema.checks import check_choice, check_count
 from lightning_ema.custody import Batches, Custody
@@ -329,9 +337,7 @@ class EMACallback(Callback):
             if entry["config"].get("switch_every") != self._config()["switch_every"]:
                 custody.switched = None  # it counts epochs, or other steps
             if changed := checkpoints.changes(entry, self._config()):
-                self._warn(
-                    f"the checkpoint was written with other settings; those given now hold: {'; '.join(changed)}."
-                )
+                self._warn(other_settings(changed))
         elif foreign is not None:
             custody.adopt(*foreign)
             self._say("goes on from the average of Lightning's WeightAveraging.")

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_ema import trainer_facts
+from lightning_ema.advice import other_settings
 from lightning_ema.average import WeightAverage
 from lightning_ema.checkpoint import changes
 from lightning_ema.recalibration import statistics_of
@@ -172,10 +173,7 @@ class TeacherCallback(Callback):
             names = [name for name, _ in average.named_tensors()]
             state = {**average.state_dict(), "started": True, "start_step": 0, "names": names}
         elif changed := changes(state, average.settings.describe()):
-            rank_zero_warn(
-                f"MeanTeacher: the checkpoint was written with other settings; those given now hold: "
-                f"{'; '.join(changed)}."
-            )
+            rank_zero_warn(f"MeanTeacher: {other_settings(changed)}")
         self._steps_before = state.get("steps_before", 0)
         tensors = Survey(self._teacher).tensors
         average.load_state_dict({**state, "average": {name: tensors[name] for name in state["names"]}})
