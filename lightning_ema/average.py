@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from lightning_ema.course import Course
 from lightning_ema.history import History
-from lightning_ema.kernels import corrected, relative_distance
+from lightning_ema.kernels import corrected, ratio, squared_norms
 from lightning_ema.loan import Loan, Pair, missing
 from lightning_ema.schedules import Plan, Schedule
 from lightning_ema.selection import Survey
 from lightning_ema.settings import Buffers, DecayPer, OnNonfinite, Settings
+from lightning_ema.shards import by_groups, local, sum_across
 from lightning_ema.state import FORMAT, check_state
 
 
@@ -219,7 +220,7 @@ class WeightAverage:
             )
         if not self.delivered:
             self._course.lender = self._place
-        self._course.loan = Loan(() if self.delivered else self._to_lend(), copy=copy, in_place=False)
+        self._course.loan = self._loan_of(() if self.delivered else self._to_lend(), copy)
         return self._course.loan
 
     @contextmanager
@@ -280,7 +281,7 @@ class WeightAverage:
         """
         self._course.refuse_during_loan("deliver")
         self._course.lender = self._place
-        self._course.delivery = Loan(self._to_lend(), copy=False, in_place=True)
+        self._course.delivery = self._loan_of(self._to_lend(), in_place=True)
 
     def take_back(self) -> None:
         """Brings the live weights back after :meth:`deliver`; without one it does nothing."""
@@ -306,6 +307,9 @@ class WeightAverage:
     def delivered(self) -> bool:
         """Whether the module holds the average since :meth:`deliver`."""
         return self._course.delivery is not None
+
+    def _loan_of(self, averages: Iterable[tuple[Pair, Tensor]], copy: bool = False, in_place: bool = False) -> Loan:
+        return Loan(averages, copy, in_place, self._course.pairing.settle)
 
     def _to_lend(self) -> Iterator[tuple[Pair, Tensor]]:
         self._course.pairing.refresh_if_stale()
@@ -368,10 +372,18 @@ class WeightAverage:
         return False
 
     def distance(self) -> float:
-        """``||live - average|| / ||live||`` over all averaged tensors. Waits for an accelerator."""
+        """``||live - average|| / ||live||`` over all averaged tensors. Waits for an accelerator.
+
+        Where weights are sharded, all processes must call it: each one sums over its shards.
+        """
         averages, lives = dict(self.named_tensors()), dict(self.named_live())
+        squares = torch.zeros(2, dtype=torch.float64)
         with torch.no_grad():
-            return relative_distance(list(averages.values()), list(lives.values()))
+            for groups, names in by_groups(lives).items():
+                own = [local(lives[name]) for name in names]
+                of_own = squared_norms([local(averages[name]) for name in names], own)
+                squares += sum_across(of_own, groups, own[0].device)
+        return ratio(squares)
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, settings and the averages by name: plain numbers, strings and tensors.

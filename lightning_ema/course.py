@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_ema.history import History
 from lightning_ema.kernels import all_finite
@@ -13,6 +13,7 @@ from lightning_ema.loan import Loan
 from lightning_ema.pairing import Pairing
 from lightning_ema.schedules import Plan, Schedule
 from lightning_ema.settings import Settings
+from lightning_ema.shards import all_across, local
 from lightning_ema.state import COUNTERS
 
 
@@ -70,7 +71,7 @@ class Course:
         rates = [1 - self._decay(schedule, after, upto) for schedule in self.schedules]
         with self._no_grad:
             lives = self.pairing.lives()
-            if self._settings.on_nonfinite != "ignore" and not all_finite(lives):
+            if self._settings.on_nonfinite != "ignore" and not self._finite(lives):
                 if self._settings.on_nonfinite == "raise":
                     raise FloatingPointError(self._nonfinite_message())
                 self.num_skipped += 1  # last_update_step stays: the next update covers these steps too
@@ -81,6 +82,9 @@ class Course:
         for place, history in enumerate(self.histories):
             history.record(upto - after, self.schedules[place], self._settings.decay_per)
         return True
+
+    def _finite(self, lives: list[Tensor]) -> bool:
+        return all_across(all_finite(lives), self.pairing.groups, lives[0].device)
 
     def _decay(self, schedule: Schedule, after: int, upto: int) -> float:
         if upto - after == 1 or self._settings.decay_per == "update":
@@ -137,7 +141,7 @@ class Course:
             )
 
     def _nonfinite_message(self) -> str:
-        names = [pair.name for pair in self.pairing.pairs() if not pair.live.isfinite().all()]
+        names = [pair.name for pair in self.pairing.pairs() if not local(pair.live).isfinite().all()]
         return (
             f"step {self.num_steps}: the live weights are not finite: {', '.join(names[:4])}"
             f"{', ...' if len(names) > 4 else ''}. The average was left as it is. Lower the learning rate or clip the "

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ema.selection import Survey
+from lightning_ema.shards import version
 
 
 class Footprint:
@@ -36,4 +37,4 @@ class Footprint:
 
 def _versions(module: nn.Module) -> list[tuple[Tensor, int, torch.dtype]]:
     parameters = [c for c in Survey(module).candidates if not c.is_buffer and not c.rewritten]
-    return [(c.tensor, c.tensor._version, c.tensor.dtype) for c in parameters]
+    return [(c.tensor, version(c.tensor), c.tensor.dtype) for c in parameters]

@@ -128,12 +128,23 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
 
 def relative_distance(averages: Sequence[Tensor], lives: Sequence[Tensor]) -> float:
     """``||live - average|| / ||live||`` over all tensors together, in float64 from float32 parts; 0 for no tensors."""
-    distance = norm = 0.0
+    return ratio(squared_norms(averages, lives))
+
+
+def squared_norms(averages: Sequence[Tensor], lives: Sequence[Tensor]) -> Tensor:
+    """``[||live - average||^2, ||live||^2]`` over all tensors together, in float64, on the CPU."""
+    sums = torch.zeros(2, dtype=torch.float64)
     for average, live in zip(averages, lives, strict=True):
         cast = live.to(average.device, average.dtype)
-        distance += torch.linalg.vector_norm(cast - average).item() ** 2
-        norm += torch.linalg.vector_norm(cast).item() ** 2
-    return (distance / norm) ** 0.5 if norm > 0 else 0.0
+        sums[0] += torch.linalg.vector_norm(cast - average).item() ** 2
+        sums[1] += torch.linalg.vector_norm(cast).item() ** 2
+    return sums
+
+
+def ratio(squares: Tensor) -> float:
+    """The root of the first over the root of the second; 0 where that is 0."""
+    difference, norm = squares.sqrt().tolist()
+    return float(difference / norm) if norm > 0 else 0.0
 
 
 def flat_alike(*tensors: Tensor) -> list[Tensor] | None:

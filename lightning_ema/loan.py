@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_ema.kernels import exchange_
 from lightning_ema.selection import Candidate
+from lightning_ema.shards import local, version
 
 
 @dataclass(eq=False)
@@ -68,10 +69,14 @@ class Loan:
         averages: the average that each pair is lent; nothing for pairs that have not started.
         copy: lend a copy, so that the module may write to what it is lent.
         in_place: leave every tensor the storage that it has.
+        settle: makes the module show its own tensors, where a forward pass leaves others in their place.
     """
 
-    def __init__(self, averages: Iterable[tuple[Pair, Tensor]], copy: bool, in_place: bool) -> None:
+    def __init__(
+        self, averages: Iterable[tuple[Pair, Tensor]], copy: bool, in_place: bool, settle: Callable[[], None]
+    ) -> None:
         self._lent: dict[str, _Lent] = {}
+        self._settle = settle
         self.active = True
         torch.clear_autocast_cache()  # else an autocast region open across the loan goes on with casts of live weights
         try:
@@ -106,6 +111,7 @@ class Loan:
     def suspended(self) -> Iterator[None]:
         """Inside this block the module carries its live weights; then again what it was lent, and all written to it."""
         torch.clear_autocast_cache()
+        self._settle()
         with torch.inference_mode(False), torch.no_grad():
             for lent in reversed(self._lent.values()):
                 _put_down(lent)
@@ -113,6 +119,7 @@ class Loan:
             yield
         finally:
             torch.clear_autocast_cache()
+            self._settle()
             with torch.inference_mode(False), torch.no_grad():
                 for lent in self._lent.values():
                     _take_up(lent)
@@ -121,6 +128,7 @@ class Loan:
         """Brings the live weights back without asking whether anything was written to."""
         if self.active:
             torch.clear_autocast_cache()
+            self._settle()
             with torch.inference_mode(False), torch.no_grad():
                 while self._lent:  # one by one, so that one interrupted by Ctrl-C can be taken up again
                     name, lent = next(reversed(self._lent.items()))  # last lent first: storages may overlap
@@ -130,10 +138,11 @@ class Loan:
 
     def written(self) -> list[str]:
         """The names of the parameters that were replaced, or written to, since they were lent."""
+        self._settle()
         return [
             name
             for name, lent in self._lent.items()
-            if lent.watched and (_replaced(lent.pair.candidate) or lent.pair.live._version != lent.version)
+            if lent.watched and (_replaced(lent.pair.candidate) or version(lent.pair.live) != lent.version)
         ]
 
     def average_of(self, pair: Pair) -> Tensor | None:
@@ -168,11 +177,15 @@ class Loan:
         if lent.how == "storage":
             tensor.data = average if direct else _copy_like(average, tensor)
         elif lent.how == "exchange":
-            exchange_(tensor.data, average)
+            _exchange(lent)
             lent.exchanged = True
         else:
             tensor.data.copy_(average)
-        lent.version = tensor._version
+        lent.version = version(tensor)
+
+
+def _exchange(lent: _Lent) -> None:
+    exchange_(local(lent.pair.live).data, local(lent.average))
 
 
 def _put_down(lent: _Lent) -> None:
@@ -183,14 +196,14 @@ def _put_down(lent: _Lent) -> None:
         lent.carried = tensor.data.clone()
         tensor.data.copy_(lent.live)
     else:
-        exchange_(tensor.data, lent.average)
+        _exchange(lent)
         lent.exchanged = False
 
 
 def _take_up(lent: _Lent) -> None:
     tensor, carried = lent.pair.live, lent.carried
     if lent.how == "exchange":
-        exchange_(tensor.data, lent.average)
+        _exchange(lent)
         lent.exchanged = True
     elif carried is not None:
         if lent.how == "storage":
@@ -207,7 +220,7 @@ def _return(lent: _Lent) -> None:
     elif lent.how == "contents":
         tensor.data.copy_(lent.live)
     elif lent.exchanged:
-        exchange_(tensor.data, lent.average)
+        _exchange(lent)
         lent.exchanged = False
     for table, leaf in lent.pair.candidate.slots:
         if leaf in table and table[leaf] is not tensor:
@@ -228,12 +241,12 @@ def lasting(state_dict: dict[str, Any], returning: Iterable[Tensor]) -> dict[str
     Entries that lie in the storage of ``returning`` are cloned; all others keep the storage they were lent, also where
     an entry is a Parameter itself, which the recall would turn live again.
     """
-    storages = {tensor.untyped_storage().data_ptr() for tensor in returning}
+    storages = {local(tensor).untyped_storage().data_ptr() for tensor in returning}
 
     def kept(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        inside = value.untyped_storage().data_ptr() in storages
+        inside = local(value).untyped_storage().data_ptr() in storages
         return value.detach().clone() if inside else value.detach()
 
     return {key: kept(value) for key, value in state_dict.items()}

@@ -15,6 +15,7 @@ from lightning_ema.kernels import lerp_, lerp_cast_, lerp_several_
 from lightning_ema.loan import Pair
 from lightning_ema.selection import Candidate, Survey, check_patterns, joins, owns_storage
 from lightning_ema.settings import Settings
+from lightning_ema.shards import Groups, empty_like, groups_of, is_sharded, local, same_cut, write
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,11 +36,13 @@ class Pairing:
     Attributes:
         started: whether averages are stored.
         identities: ``id`` of every averaged live tensor.
+        groups: the processes among which some of them are cut.
     """
 
     def __init__(self, module: nn.Module, settings: Settings, into: nn.Module | None) -> None:
         self.started = False
         self.identities: frozenset[int] = frozenset()
+        self.groups: Groups = ()
         self._module = module
         self._settings = settings
         self._targets = None if into is None else {n: c.tensor for c in Survey(into).candidates for n in c.names}
@@ -92,6 +95,10 @@ class Pairing:
         self.refresh_if_stale()
         return self._lives
 
+    def settle(self) -> None:
+        """Makes the module show the tensors that are paired, where a forward pass left others in their place."""
+        self._survey.settle()
+
     def refresh_if_stale(self, trust_structure_once: bool = False) -> None:
         """Pairs again if a tensor was unfrozen, added, replaced, moved or cast since the last time.
 
@@ -99,9 +106,14 @@ class Pairing:
             trust_structure_once: spares the next call the walk over the submodules.
         """
         trusted, self._trusted = self._trusted, trust_structure_once
+        self.settle()
         if not trusted and (not self._survey.holds() or self._someone_joins()):
             self._refresh()
             return
+        for live, shard, pointer in self._shards:
+            if local(live) is not shard or shard.data_ptr() != pointer:
+                self._refresh()
+                return
         for table, leaf, live, pointer in self._expected:
             if table.get(leaf) is not live or live.data_ptr() != pointer:
                 if not self._adopt():
@@ -155,11 +167,11 @@ class Pairing:
         with torch.no_grad():
             for place, tensors in enumerate(sets[:-1]):
                 for name, value in tensors.items():
-                    self._pairs[name].averages[place].copy_(value)
+                    write(self._pairs[name].averages[place], value)
             for name, value in sets[-1].items():
                 kept = self._pairs[name].origin
                 if kept is not None:
-                    kept.copy_(value)
+                    write(kept, value)
 
     def _wanted(self, tensors: dict[str, Tensor], known: dict[str, Candidate]) -> dict[str, Tensor]:
         named = {known[name].name: value for name, value in tensors.items() if name in known}
@@ -206,7 +218,7 @@ class Pairing:
             return joins(candidate, self._settings.include_frozen)
         if candidate.name in self._unbounded:
             return False
-        if not bool(candidate.tensor.isfinite().all()):
+        if not bool(local(candidate.tensor).isfinite().all()):
             self._unbounded.add(candidate.name)  # an attention mask: -inf averaged with -inf is NaN
             return False
         return True
@@ -241,6 +253,11 @@ class Pairing:
                 f"into: {candidate.name} of shape {tuple(candidate.tensor.shape)} is averaged, but the module given "
                 f"as into {found}. It must be built like the averaged module; exclude=[...] leaves tensors out."
             )
+        if not same_cut(target, candidate.tensor):
+            raise ValueError(
+                f"into: {candidate.name} is sharded in another way than the tensor of that name in the module given as "
+                "into. Apply the same fully_shard and parallelize_module calls to both."
+            )
         return target.detach()
 
     def _home(self, live: Tensor) -> tuple[torch.dtype, torch.device]:
@@ -260,6 +277,7 @@ class Pairing:
         ordered = sorted(self._pairs.values(), key=lambda pair: str(_kind(pair)))
         self._ordered = ordered
         self._expect()
+        self.groups = tuple(dict.fromkeys(group for pair in ordered for group in groups_of(pair.live)))
         self._groups: list[_Group] = []
         for pair in ordered:
             unshared = holders[_storage(pair.candidate)] == 1 and not pair.candidate.aliases
@@ -270,13 +288,16 @@ class Pairing:
             end = start
             while end < len(ordered) and _kind(ordered[end]) == _kind(ordered[start]):
                 end += 1
-            averages = [list(each) for each in zip(*(pair.averages for pair in ordered[start:end]), strict=True)]
+            stored = ([local(average) for average in pair.averages] for pair in ordered[start:end])
+            averages = [list(each) for each in zip(*stored, strict=True)]
             self._groups.append(_Group(averages, slice(start, end), _alike(ordered[start])))
             start = end
 
     def _expect(self) -> None:
-        self._lives = [pair.live for pair in self._ordered]
+        self._lives = [local(pair.live) for pair in self._ordered]
         self._expected = [(*pair.candidate.slots[0], pair.live, pair.live.data_ptr()) for pair in self._ordered]
+        sharded = [(pair.live, local(pair.live)) for pair in self._ordered if is_sharded(pair.live)]
+        self._shards = [(live, shard, shard.data_ptr()) for live, shard in sharded]  # apart: whole ones are the rule
 
     def _adopt(self) -> bool:
         """Takes over buffers that were assigned anew with the same kind of tensor, as some modules do each step."""
@@ -305,13 +326,14 @@ class Pairing:
 def _expanded(tensor: Tensor) -> bool:
     if torch.nn.parameter.is_lazy(tensor):
         return False
+    tensor = local(tensor)
     return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def _storage(candidate: Candidate) -> int:
     """Where the storage lies; a number of its own for tensors without one (empty, lazy)."""
     tensor = candidate.tensor
-    pointer = 0 if torch.nn.parameter.is_lazy(tensor) else tensor.untyped_storage().data_ptr()
+    pointer = 0 if torch.nn.parameter.is_lazy(tensor) else local(tensor).untyped_storage().data_ptr()
     return pointer or -id(tensor)
 
 
@@ -319,7 +341,7 @@ def _crossed(candidates: list[Candidate]) -> set[int]:
     """The ``id`` of each candidate that shares part of its memory with another one."""
     spans: dict[int, list[tuple[int, int, Candidate]]] = {}
     for candidate in candidates:
-        tensor = candidate.tensor
+        tensor = local(candidate.tensor)
         if not torch.nn.parameter.is_lazy(tensor) and tensor.numel() > 0:
             extent = sum((size - 1) * abs(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
             first = int(tensor.storage_offset())
@@ -339,7 +361,7 @@ def _stored(pair: Pair) -> list[Tensor]:
 
 def _copy(live: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():  # else an average made in a validation could not be trained
-        return torch.empty_like(live, dtype=dtype, device=device, requires_grad=False).copy_(live)
+        return empty_like(live, dtype, device).copy_(live)
 
 
 def _kind(pair: Pair) -> tuple[object, ...]:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
+from lightning_ema.shards import is_sharded, local, reshard, resharding
+
 Table = dict[str, Tensor | None]
 """A module's own dictionary of parameters or of buffers, where ``table[leaf]`` is the tensor in use now."""
 
@@ -64,6 +66,8 @@ class Survey:
 
     def __init__(self, module: nn.Module) -> None:
         self.owner = type(module).__name__
+        self._resharding = resharding(module)
+        self.settle()
         self.tensors: dict[str, Tensor] = {}
         places: dict[object, list[_Place]] = {}
         self._children: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
@@ -84,6 +88,10 @@ class Survey:
                         places.setdefault(_memory(tensor), []).append(place)
         self._size = sum(map(len, self._tables))
         self.candidates = [_candidate(alike) for alike in places.values()]
+
+    def settle(self) -> None:
+        """Makes the module show the parameters that were found, where a forward pass left unsharded ones in place."""
+        reshard(self._resharding)
 
     def holds(self) -> bool:
         """Whether the module still has the same submodules and as many tensors. About 0.2 us a submodule."""
@@ -119,7 +127,7 @@ def _candidate(places: list[_Place]) -> Candidate:
 
 def _memory(tensor: Tensor) -> object:
     """Equal for tensors that show the same memory in the same way."""
-    pointer = 0 if is_lazy(tensor) else tensor.data_ptr()
+    pointer = 0 if is_lazy(tensor) else local(tensor).data_ptr()
     if pointer == 0:  # not there yet, empty, or on the meta device
         return id(tensor)
     return pointer, tensor.dtype, tensor.shape, tensor.stride()
@@ -204,6 +212,8 @@ def owns_storage(tensor: Tensor) -> bool:
     other processes read the storage (``share_memory_()``; on CUDA ``is_shared`` is always true and means nothing), or
     where a subclass of Tensor keeps its data elsewhere.
     """
+    if is_sharded(tensor):
+        return False  # its forward pass reads memory that the shard is a view of
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     shared = tensor.device.type == "cpu" and tensor.is_shared()  # type: ignore[no-untyped-call]
     return whole and not shared and type(tensor) in (Tensor, nn.Parameter)

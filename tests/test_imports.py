@@ -9,7 +9,7 @@ import lightning_ema
 
 ROOT = Path(lightning_ema.__file__).parent
 LAYERS = [
-    {"checks", "state", "ramps", "logits"},
+    {"checks", "state", "ramps", "logits", "shards"},
     {"schedules"},
     {
         "compositions",
