@@ -72,3 +72,12 @@ def steps_missed(steps: int) -> str:
         f"{steps} steps were taken outside training batches, as tuners do, and not counted. Steps of your own belong "
         "into training_step."
     )
+
+
+def save_needs_all() -> str:
+    """Said where a checkpoint is asked for after one process raised, while its weights are sharded among several."""
+    return (
+        "no checkpoint: the weights are sharded, so that all processes would have to take part, but an exception "
+        "ended the run in this one. Resume from the last checkpoint. Leave save_on_exception out of ModelCheckpoint "
+        "under ModelParallelStrategy."
+    )

@@ -17,7 +17,7 @@ from lightning_ema.loan import Loan, Pair, missing
 from lightning_ema.schedules import Plan, Schedule
 from lightning_ema.selection import Survey
 from lightning_ema.settings import Buffers, DecayPer, OnNonfinite, Settings
-from lightning_ema.shards import by_groups, local, sum_across
+from lightning_ema.shards import by_groups, is_sharded, local, sum_across
 from lightning_ema.state import FORMAT, check_state
 
 
@@ -352,13 +352,18 @@ class WeightAverage:
         for pair in self._course.pairing.pairs():
             yield pair.name, pair.live.detach() if loan is None else loan.live_of(pair)
 
-    def not_held_by(self, state_dict: dict[str, Any]) -> dict[str, Tensor]:
-        """The averages that are not among the entries of a ``state_dict`` taken while the module carries them.
+    @property
+    def sharded(self) -> bool:
+        """Whether tensors are sharded among processes (FSDP2, tensor parallelism); the average is then, too."""
+        return any(is_sharded(pair.live) for pair in self._course.pairing.pairs())
+
+    def not_held_by(self, state_dict: dict[str, Any]) -> list[str]:
+        """The names of averages not among the entries of a ``state_dict`` taken while the module carries them.
 
         None for a schedule that corrects: what the module carries is not the average itself.
         """
         if self.schedule.corrects:
-            return {}
+            return []
         averages = dict(self.named_tensors())
         return missing(((p.name, p.live, averages[p.name]) for p in self._course.pairing.pairs()), state_dict)
 

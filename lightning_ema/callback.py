@@ -13,11 +13,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_ema import checkpoint as checkpoints
-from lightning_ema import second_pass, trainer_facts, training_batches
+from lightning_ema import distributed_checkpoint, second_pass, trainer_facts, training_batches
 from lightning_ema.advice import (
     introduction,
     no_step_seen,
     other_settings,
+    save_needs_all,
     steps_missed,
     still_rising,
     switching,
@@ -324,9 +325,12 @@ class EMACallback(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if not trainer_facts.is_fitting(trainer):
+            distributed_checkpoint.check(trainer, checkpoint, checkpoint.get("callbacks", {}).get(self.state_key))
             return
         self._forget()
         entry, foreign = checkpoints.find(checkpoint, self.state_key), checkpoints.foreign(checkpoint)
+        if entry is not None:
+            distributed_checkpoint.fetch(trainer, pl_module, checkpoint, entry)
         if entry is None and foreign is None:
             self._say("the checkpoint holds no average; it starts from its weights.")
             if not self._steps.held:
@@ -349,18 +353,25 @@ class EMACallback(Callback):
         ours = trainer is not None and self in trainer_facts.callbacks(trainer)
         self._absorb()
         mine = ours and custody is not None and custody.average.module is pl_module
-        if trainer is None or custody is None or not mine or not custody.gives_average:
+        if trainer is None or custody is None or not mine:
             own(checkpoint)
             return
-        if "callbacks" not in checkpoint:  # a weights-only save: no hook of a callback is called for it
-            self._put_average(trainer, custody, checkpoint)
-        with custody.carried(self._batches(trainer)):
+        entry = checkpoint.get("callbacks", {}).get(self.state_key)
+        if not custody.gives_average:
             own(checkpoint)
-            entry = checkpoint.get("callbacks", {}).get(self.state_key)
-            if entry is not None:
-                entry["average"].update(custody.average.not_held_by(checkpoint.get("state_dict", {})))
-            if "state_dict" in checkpoint:
-                checkpoint["state_dict"] = custody.lasting(checkpoint["state_dict"])
+        else:
+            if "callbacks" not in checkpoint:  # a weights-only save: no hook of a callback is called for it
+                self._put_average(trainer, custody, checkpoint)
+            with custody.carried(self._batches(trainer)):
+                own(checkpoint)
+                missing = custody.average.not_held_by(checkpoint.get("state_dict", {}))
+                if "state_dict" in checkpoint:
+                    checkpoint["state_dict"] = custody.lasting(checkpoint["state_dict"])
+            if entry is not None:  # not from inside the loan, in which averages may lie in the module's own storage
+                names = distributed_checkpoint.agreed(trainer, custody.average, missing)
+                entry["average"].update((n, tensor) for n, tensor in custody.average.named_tensors() if n in names)
+        if entry is not None and custody.average.sharded:
+            distributed_checkpoint.store(trainer, checkpoint, entry)
 
     def _around_modules_load(self, pl_module: LightningModule, checkpoint: dict[str, Any], own: Hook) -> None:
         """A file is about to be loaded for an evaluation: what the last fit left is put aside."""
@@ -373,7 +384,10 @@ class EMACallback(Callback):
 
     def _put_average(self, trainer: Trainer, custody: Custody, checkpoint: dict[str, Any]) -> None:
         """Makes ``checkpoint["state_dict"]`` that of the module carrying the average, where it is not already."""
+        if custody.average.sharded and trainer_facts.is_interrupted(trainer):
+            raise RuntimeError(save_needs_all())
         if custody.lends:
+            del checkpoint["state_dict"]  # before a second one is gathered
             with custody.carried(self._batches(trainer)):
                 checkpoint["state_dict"] = custody.lasting(trainer.strategy.lightning_module_state_dict())
 

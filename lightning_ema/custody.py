@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_ema import shards
 from lightning_ema.average import WeightAverage
 from lightning_ema.checkpoint import pack, unpack
 from lightning_ema.footprint import Footprint
@@ -227,7 +228,8 @@ class Custody:
         if self._statistics and "recalibrated_at" in entry:
             self._statistics[0].keep(entry["recalibrated_at"])
             for statistics, kept in zip(self._statistics[1:], entry.get("recalibrated", ()), strict=False):
-                statistics.made_at, statistics.estimated = kept["at"], dict(kept["statistics"])
+                statistics.made_at = kept["at"]
+                statistics.estimated = {name: tensor.clone() for name, tensor in kept["statistics"].items()}
         write(live, self.average.module)
 
     def adopt(self, steps: int, updates: int, live: dict[str, Any]) -> None:
@@ -243,4 +245,4 @@ def write(values: Mapping[str, Tensor], module: nn.Module) -> None:
         tensors = Survey(module).tensors
         with torch.no_grad():
             for name, value in values.items():
-                tensors[name].copy_(value)
+                shards.write(tensors[name], value)

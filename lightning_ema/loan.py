@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_ema.kernels import exchange_
-from lightning_ema.selection import Candidate
-from lightning_ema.shards import local, version
+from lightning_ema.selection import Candidate, without_wrappers
+from lightning_ema.shards import is_sharded, local, version
 
 
 @dataclass(eq=False)
@@ -252,23 +252,30 @@ def lasting(state_dict: dict[str, Any], returning: Iterable[Tensor]) -> dict[str
     return {key: kept(value) for key, value in state_dict.items()}
 
 
-def missing(pairs: Iterable[tuple[str, Tensor, Tensor]], state_dict: dict[str, Any]) -> dict[str, Tensor]:
-    """The averages that a ``state_dict``, taken while the module carries them, does not hold exactly.
+def missing(pairs: Iterable[tuple[str, Tensor, Tensor]], state_dict: dict[str, Any]) -> list[str]:
+    """The names of the averages that a ``state_dict``, taken while the module carries them, does not hold exactly.
 
     Args:
         pairs: name, the module's tensor that carries the average, and the average.
-        state_dict: under whichever keys a module gives it.
+        state_dict: under whichever keys a module gives it. Sharded tensors may have been gathered into it: they are
+            looked for by name and shape.
     """
     held = {_place(value) for value in state_dict.values() if isinstance(value, Tensor)}
-    return {
-        name: average
-        for name, tensor, average in pairs
-        if average.dtype != tensor.dtype or not (_place(tensor) in held or _same(state_dict.get(name), average))
-    }
+    named = {without_wrappers(key): value for key, value in state_dict.items()}
+
+    def holds(name: str, tensor: Tensor, average: Tensor) -> bool:
+        if average.dtype != tensor.dtype:
+            return False
+        if is_sharded(tensor):
+            value = named.get(name)
+            return isinstance(value, Tensor) and (value.dtype, value.shape) == (average.dtype, average.shape)
+        return _place(tensor) in held or _same(state_dict.get(name), average)
+
+    return [name for name, tensor, average in pairs if not holds(name, tensor, average)]
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.dtype, tensor.shape
+    return local(tensor).data_ptr(), tensor.dtype, tensor.shape
 
 
 def _same(value: Any, average: Tensor) -> bool:

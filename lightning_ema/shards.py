@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 try:
     from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor import DTensor, Replicate, Shard
 except ImportError:  # before torch 2.6 and 2.5
     from torch.distributed._composable.fsdp import FSDPModule  # type: ignore[attr-defined]
-    from torch.distributed._tensor import DTensor, Replicate  # type: ignore[attr-defined]
+    from torch.distributed._tensor import DTensor, Replicate, Shard  # type: ignore[attr-defined]
 
 Groups = tuple[dist.ProcessGroup, ...]
 """Process groups, one for each mesh dimension along which a tensor is cut."""
@@ -59,6 +59,18 @@ def write(target: Tensor, value: Tensor) -> None:
         value = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
         value = value.redistribute(placements=target.placements)
     target.copy_(value)
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a tensor, from all processes among which it is cut; the tensor itself where it is whole."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def one_of_each_process(number: int, among: Sequence[Tensor]) -> Tensor:
+    """A tensor of integers of which each process holds one, over the most processes that any of these is cut among."""
+    mesh = max((tensor.device_mesh for tensor in among if isinstance(tensor, DTensor)), key=lambda mesh: mesh.size())
+    own = torch.tensor([number], device=local(among[0]).device)
+    return DTensor.from_local(own, mesh, [Shard(0)] * mesh.ndim, run_check=False)
 
 
 def same_cut(first: Tensor, second: Tensor) -> bool:

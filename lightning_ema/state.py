@@ -12,6 +12,13 @@ FORMAT = 1
 """The format that is written, and the only one that is read so far."""
 
 
+def tensor_sets(state: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """Where a state, or a callback's entry made from one, holds tensors by their names: the dictionaries themselves."""
+    sets = {key: state.get(key) for key in ("average", "live", "origin")}
+    sets |= {f"others[{place}]": tensors for place, tensors in enumerate(state.get("others", ()))}
+    return {key: tensors for key, tensors in sets.items() if isinstance(tensors, dict)}
+
+
 def check_state(state: dict[str, Any]) -> None:
     """Refuse a state that this version cannot read.
 
@@ -25,12 +32,9 @@ def check_state(state: dict[str, Any]) -> None:
         )
     kinds: dict[str, type] = dict.fromkeys(COUNTERS, int) | {"started": bool, "config": dict, "average": dict}
     wrong = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
-    sets = {key: state.get(key) for key in ("average", "live", "origin")}
-    sets |= {f"others[{place}]": tensors for place, tensors in enumerate(state.get("others", ()))}
     wrong += [
         f"{key}[{name!r}]"
-        for key, tensors in sets.items()
-        if isinstance(tensors, dict)
+        for key, tensors in tensor_sets(state).items()
         for name, value in tensors.items()
         if not isinstance(value, Tensor)
     ]

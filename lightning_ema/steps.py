@@ -77,7 +77,8 @@ class StepCounter:
         if self._depth or self._owns is None or not self._owns(optimizer):
             return
         if not self._open:
-            self.missed += 1
+            # torch makes the state that it reads or loads by a step with a learning rate of 0
+            self.missed += any(float(group.get("lr", 1)) != 0 for group in optimizer.param_groups)
             return
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_ema.schedules import Plan
 
 _Kind = TypeVar("_Kind", bound=type)
+_Value = TypeVar("_Value")
 
 _CONFLICTING = {
     "WeightAveraging": "both would put an average of theirs into evaluations and files. Keep one of them.",
@@ -21,7 +22,6 @@ _CONFLICTING = {
 _UNSUPPORTED = {
     "FSDPStrategy": "it flattens parameters, so that they have no names of their own",
     "DeepSpeedStrategy": "it keeps the weights in partitions of its own",
-    "ModelParallelStrategy": "sharded averages are not available yet",
 }
 
 
@@ -74,8 +74,8 @@ def check_strategy(trainer: Trainer) -> None:
     for kind in type(trainer.strategy).__mro__:
         if kind.__name__ in _UNSUPPORTED:
             raise ValueError(
-                f"EMACallback does not work with {kind.__name__}: {_UNSUPPORTED[kind.__name__]}. Use strategy='ddp' "
-                "or a single device."
+                f"EMACallback does not work with {kind.__name__}: {_UNSUPPORTED[kind.__name__]}. Use "
+                "ModelParallelStrategy with fully_shard (FSDP2), or strategy='ddp'."
             )
 
 
@@ -111,6 +111,21 @@ def is_trial(trainer: Trainer) -> bool:
 def spawns(trainer: Trainer) -> bool:
     """Whether the run happens in processes whose memory the main process never sees again."""
     return getattr(trainer.strategy.launcher, "_start_method", None) in ("spawn", "fork", "forkserver")
+
+
+def writes_shards(trainer: Trainer) -> bool:
+    """Whether checkpoints are folders into which each process writes its shards."""
+    return getattr(trainer.strategy, "_save_distributed_checkpoint", False)
+
+
+def agreed(trainer: Trainer, value: _Value) -> _Value:
+    """What the first process gives, in all of them. All must call it."""
+    return trainer.strategy.broadcast(value)
+
+
+def is_interrupted(trainer: Trainer) -> bool:
+    """Whether an exception ended the run, in this process at least: others may be waiting elsewhere, or be gone."""
+    return trainer.state.status == "interrupted"
 
 
 def logs_this_step(trainer: Trainer) -> bool:

@@ -350,7 +350,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"the EMACallbacks 'a', 'b' all evaluate their average.*evaluate='live'"):
             fit(seeded(), ema(name="a"), ema(name="b"))
 
-    @pytest.mark.parametrize("strategy", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
+    @pytest.mark.parametrize("strategy", ["FSDPStrategy", "DeepSpeedStrategy"])
     def test_strategies(self, strategy, monkeypatch):
         class Kind(SingleDeviceStrategy): ...
 
