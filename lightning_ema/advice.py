@@ -81,3 +81,11 @@ def save_needs_all() -> str:
         "ended the run in this one. Resume from the last checkpoint. Leave save_on_exception out of ModelCheckpoint "
         "under ModelParallelStrategy."
     )
+
+
+def shared_among_others(processes: int, now: int) -> str:
+    """Said where a loan of a shared average is asked for by other processes than those that keep its parts."""
+    return (
+        f"the average is shared among {processes} processes (shard=True), but this trainer has {now}. Evaluate in the "
+        "trainer that fitted, or with after_fit='average', which leaves the whole average in the module."
+    )

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_ema.checks import check_flag
 from lightning_ema.course import Course
 from lightning_ema.history import History
 from lightning_ema.kernels import corrected, ratio, squared_norms
@@ -17,7 +18,8 @@ from lightning_ema.loan import Loan, Pair, missing
 from lightning_ema.schedules import Plan, Schedule
 from lightning_ema.selection import Survey
 from lightning_ema.settings import Buffers, DecayPer, OnNonfinite, Settings
-from lightning_ema.shards import by_groups, is_sharded, local, sum_across
+from lightning_ema.shards import Groups, is_sharded, local, sum_across
+from lightning_ema.shares import Reconcile, is_first, processes
 from lightning_ema.state import FORMAT, check_state
 
 
@@ -59,6 +61,9 @@ class WeightAverage:
             masks), are never averaged.
         dtype: of the average. None: float32 for types of fewer than 32 bits, else the tensor's own.
         device: of the average. None: beside each tensor. ``"cpu"`` saves device memory.
+        shard: keep in each process of a data-parallel run (DDP) only its share of the parameters' averages: memory and
+            time of an update fall with their number. A loan, :meth:`named_tensors` and :meth:`state_dict` gather them
+            again, so that all processes must call them. Without several processes it changes nothing.
         on_nonfinite: ``"skip"`` leaves out an update from NaN or infinite weights, ``"raise"`` raises
             FloatingPointError, ``"ignore"`` does not look. Looking reads all weights once more at each update, and
             waits for an accelerator.
@@ -82,6 +87,7 @@ class WeightAverage:
         buffers: Buffers = "average",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        shard: bool = False,
         on_nonfinite: OnNonfinite = "ignore",
     ) -> None:
         self.settings = Settings.checked(
@@ -99,10 +105,12 @@ class WeightAverage:
         )
         if not isinstance(module, nn.Module):
             raise TypeError(f"module is {module!r}; it must be a torch.nn.Module.")
+        check_flag(shard, "shard")
         if into is not None:
-            _check_target(into, module, self.settings)
+            _check_target(into, module, self.settings, shard)
         self.module = module
-        self._course = Course(module, self.settings, into)
+        self.processes = processes() if shard else 1
+        self._course = Course(module, self.settings, into, self.processes > 1)
         self._place = 0
         self._others = tuple(self._beside(place) for place in range(1, len(self.settings.decays)))
 
@@ -309,7 +317,7 @@ class WeightAverage:
         return self._course.delivery is not None
 
     def _loan_of(self, averages: Iterable[tuple[Pair, Tensor]], copy: bool = False, in_place: bool = False) -> Loan:
-        return Loan(averages, copy, in_place, self._course.pairing.settle)
+        return Loan(averages, copy, in_place, self._course.pairing.settle, None if self.alone else self.reconcile)
 
     def _to_lend(self) -> Iterator[tuple[Pair, Tensor]]:
         self._course.pairing.refresh_if_stale()
@@ -318,12 +326,24 @@ class WeightAverage:
                 yield pair, self._read(pair, pair.live.detach())
 
     def _read(self, pair: Pair, live: Tensor) -> Tensor:
+        return self._whole(pair, self._part(pair, live))
+
+    def _part(self, pair: Pair, live: Tensor) -> Tensor:
         """``average``, or ``average + bias(n) * (live - origin)`` where the schedule corrects."""
         average = pair.averages[self._place]
         if not self.schedule.corrects or pair.origin is None:
             return average
         with torch.no_grad():
-            return corrected(average, live, pair.origin, self.bias)
+            return corrected(average, pair.beside(live), pair.origin, self.bias)
+
+    def _whole(self, pair: Pair, part: Tensor) -> Tensor:
+        if pair.share is not None and self._course.alone:
+            raise RuntimeError(
+                "the average is shared among processes, so that all of them would have to give their part, but an "
+                "exception ended the run in one. Resume from the last checkpoint."
+            )
+        with torch.no_grad():
+            return pair.whole(part)
 
     @property
     def bias(self) -> float:
@@ -335,22 +355,48 @@ class WeightAverage:
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The average, by name: the tensors themselves, not copies. Before the start they are the live ones.
 
-        A schedule that corrects the average gives fresh tensors, from the average and the live weights as they are.
+        A schedule that corrects the average gives fresh tensors, from the average and the live weights as they are. So
+        does ``shard=True``, and all processes must take as many.
         """
-        lending = (self._course.delivery or self.loan) if self._course.lender == self._place else None
+        lent = self._lent_now()
         lives = dict(self.named_live())
         for pair in self._course.pairing.pairs():
-            lent = None if lending is None else lending.average_of(pair)
-            if lent is not None:
-                yield pair.name, lent
+            carried = None if lent is None else lent.average_of(pair)
+            if carried is not None:
+                yield pair.name, carried
             else:
                 yield pair.name, self._read(pair, lives[pair.name]) if pair.averages else lives[pair.name]
+
+    def _lent_now(self) -> Loan | None:
+        return (self._course.delivery or self.loan) if self._course.lender == self._place else None
 
     def named_live(self) -> Iterator[tuple[str, Tensor]]:
         """The live tensors that are averaged, by name, also while the module carries the average."""
         loan = self._course.delivery or self.loan
         for pair in self._course.pairing.pairs():
             yield pair.name, pair.live.detach() if loan is None else loan.live_of(pair)
+
+    @property
+    def reconcile(self) -> Reconcile | None:
+        """What a loan does about buffers that differ among processes, such as BatchNorm statistics.
+
+        ``"first"``: all are lent those of the first process; ``"mean"``: their mean; None: each its own. What is stored
+        stays each process's own. All processes must take part in a loan then.
+        """
+        return self._course.reconcile
+
+    @reconcile.setter
+    def reconcile(self, how: Reconcile | None) -> None:
+        self._course.reconcile = how
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other process may be waited for, as after an exception in one of them."""
+        return self._course.alone
+
+    @alone.setter
+    def alone(self, alone: bool) -> None:
+        self._course.alone = alone
 
     @property
     def sharded(self) -> bool:
@@ -381,19 +427,28 @@ class WeightAverage:
 
         Where weights are sharded, all processes must call it: each one sums over its shards.
         """
-        averages, lives = dict(self.named_tensors()), dict(self.named_live())
+        parts: dict[Groups, tuple[list[Tensor], list[Tensor]]] = {}
+        lives, lent = dict(self.named_live()), self._lent_now()
         squares = torch.zeros(2, dtype=torch.float64)
+        device = torch.device("cpu")
         with torch.no_grad():
-            for groups, names in by_groups(lives).items():
-                own = [local(lives[name]) for name in names]
-                of_own = squared_norms([local(averages[name]) for name in names], own)
-                squares += sum_across(of_own, groups, own[0].device)
+            for pair in self._course.pairing.pairs():
+                live = lives[pair.name]
+                carried = None if lent is None or pair.share is not None else lent.average_of(pair)
+                average = carried if carried is not None else self._part(pair, live) if pair.averages else live
+                of_average, of_live = parts.setdefault(pair.groups, ([], []))
+                of_average.append(local(average))
+                of_live.append(pair.part(live))
+                device = pair.live.device
+            for groups, lists in parts.items():
+                squares += sum_across(squared_norms(*lists), groups, device)
         return ratio(squares)
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, settings and the averages by name: plain numbers, strings and tensors.
 
-        The tensors are the averages' own, not copies; they load under ``torch.load(weights_only=True)``.
+        The tensors are the averages' own, not copies; they load under ``torch.load(weights_only=True)``. With
+        ``shard=True`` they are gathered, all processes must call this, and only the first one is given them.
 
         Returns:
             ``average`` is that of the first decay, ``others`` are those of the further ones; ``origin`` holds the
@@ -401,6 +456,7 @@ class WeightAverage:
         """
         if self.loan is None and not self.delivered:
             self._course.pairing.refresh_if_stale()
+        pairs = self._course.pairing.pairs()
         first, *others = [average._stored() for average in self.averages]
         return {
             "format": FORMAT,
@@ -411,15 +467,20 @@ class WeightAverage:
             "others": others,
             "histories": [average.history.state_dict() for average in self.averages],
             "biases": [average.bias for average in self.averages],
-            "origin": {pair.name: pair.origin for pair in self._course.pairing.pairs() if pair.origin is not None},
+            "origin": self._kept_by_first((pair, pair.origin) for pair in pairs if pair.origin is not None),
         }
 
     def _stored(self) -> dict[str, Tensor]:
         if not self.started:
             return {}
-        if self.schedule.corrects:
-            return {pair.name: pair.averages[self._place] for pair in self._course.pairing.pairs()}
+        if self.schedule.corrects or self.processes > 1:
+            pairs = self._course.pairing.pairs()
+            return self._kept_by_first((pair, pair.averages[self._place]) for pair in pairs)
         return dict(self.named_tensors())
+
+    def _kept_by_first(self, parts: Iterable[tuple[Pair, Tensor]]) -> dict[str, Tensor]:
+        whole = ((pair.name, self._whole(pair, part)) for pair, part in parts)  # one at a time
+        return dict(whole) if self.processes == 1 else {name: t for name, t in whole if is_first()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up a state written by :meth:`state_dict`. Nothing is changed where it does not fit.
@@ -460,10 +521,11 @@ class WeightAverage:
         self._course.resume(state, histories)
 
 
-def _check_target(into: nn.Module, module: nn.Module, settings: Settings) -> None:
-    if into is module or settings.dtype is not None or settings.device is not None:
+def _check_target(into: nn.Module, module: nn.Module, settings: Settings, shard: bool) -> None:
+    if into is module or settings.dtype is not None or settings.device is not None or shard:
         raise ValueError(
-            "into takes another module, whose tensors keep their own dtype and device: leave out dtype and device."
+            "into takes another module, whose tensors keep their own dtype and device, and are whole: leave out dtype, "
+            "device and shard."
         )
     if len(settings.decays) > 1 or settings.decay.corrects:
         raise ValueError(

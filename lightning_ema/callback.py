@@ -19,13 +19,14 @@ from lightning_ema.advice import (
     no_step_seen,
     other_settings,
     save_needs_all,
+    shared_among_others,
     steps_missed,
     still_rising,
     switching,
     too_long,
 )
 from lightning_ema.average import WeightAverage
-from lightning_ema.checks import check_choice, check_count
+from lightning_ema.checks import check_choice, check_count, check_flag
 from lightning_ema.custody import Batches, Custody
 from lightning_ema.module_hook import Hook, ModuleHook
 from lightning_ema.schedules import Plan, Schedule
@@ -58,6 +59,7 @@ class EMACallback(Callback):
             training batches before an evaluation or a save of the average, as ``torch.optim.swa_utils.update_bn``
             does; the live ones stay as they are. The module needs a ``forward`` that takes ``batch[0]`` or ``batch``.
         recalibrate_batches: from how many training batches; None: 100.
+        shard: under ``strategy="ddp"`` each process keeps only its share of the average; files are the same.
         start_epoch: the average starts with this epoch (the first is 0), or at ``start_step`` if that comes later.
         evaluate: which weights validation, test and predict see, and ``state_dict`` of a checkpoint holds.
             ``"live"``: the average is only followed, logged and stored. ``"both"``: the average and then, in a pass of
@@ -93,6 +95,7 @@ class EMACallback(Callback):
         recalibrate_batches: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        shard: bool = False,
         start_epoch: int = 0,
         evaluate: Evaluate = "average",
         others: Others = "follow",
@@ -137,6 +140,8 @@ class EMACallback(Callback):
         if not isinstance(name, str) or not name:
             raise ValueError(f"name is {name!r}; it must be a word, such as 'ema'.")
         self.recalibrate_batches = (recalibrate_batches or 100) if buffers == "recalibrate" else 0
+        check_flag(shard, "shard")
+        self.shard = shard
         self.start_epoch = start_epoch
         self.evaluate = evaluate
         self.others = others
@@ -170,6 +175,8 @@ class EMACallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         trainer_facts.check_strategy(trainer)
+        if self.shard:
+            trainer_facts.check_shard(trainer)
         trainer_facts.check_callbacks(trainer)
         if self.evaluate == "both" or self.others == "evaluate":
             second_pass.check(trainer)
@@ -199,11 +206,12 @@ class EMACallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._custody is None:
             self._take_up(pl_module, self._new_custody(pl_module))
-            sizes = [tensor.numel() for _, tensor in self._require().named_tensors()]
+            sizes = [tensor.numel() for _, tensor in self._require().named_live()]
             self._say(introduction(self.settings.decays, sizes))
             if self.switch_every is not None:
                 self._say(switching(self.switch_every))
         self._steps.hold(self._require().owns)
+        self._require().alone = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         custody, average = self._held(), self._require()
@@ -257,6 +265,7 @@ class EMACallback(Callback):
         if self._snapshots is not None and self._require().started:
             write(self._snapshots, self.averages)
         if self._custody is not None:
+            self._meet(trainer)
             self._custody.leave(deliver=self.after_fit == "average")
 
     # --- an evaluation ----------------------------------------------------------------------------------------------
@@ -292,6 +301,8 @@ class EMACallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         fitting, began = trainer_facts.is_fitting(trainer), self._steps.held
         self._begun = None
+        if self.average is not None:
+            self.average.alone = True
         try:
             self._recall()
             if fitting:
@@ -386,6 +397,7 @@ class EMACallback(Callback):
         """Makes ``checkpoint["state_dict"]`` that of the module carrying the average, where it is not already."""
         if custody.average.sharded and trainer_facts.is_interrupted(trainer):
             raise RuntimeError(save_needs_all())
+        self._meet(trainer)
         if custody.lends:
             del checkpoint["state_dict"]  # before a second one is gathered
             with custody.carried(self._batches(trainer)):
@@ -403,7 +415,8 @@ class EMACallback(Callback):
         arguments["exclude"] = (*self.settings.exclude, *getattr(pl_module, "left_out_of_averages", ()))
         if self.start_epoch > 0:
             arguments["start_step"] = UNTIL_EPOCH
-        return Custody(WeightAverage(pl_module, **arguments), self.evaluate != "live", self.recalibrate_batches > 0)
+        average = WeightAverage(pl_module, **arguments, shard=self.shard)
+        return Custody(average, self.evaluate != "live", self.recalibrate_batches > 0)
 
     def _take_up(self, pl_module: LightningModule, custody: Custody) -> None:
         self._custody = custody
@@ -445,7 +458,15 @@ class EMACallback(Callback):
             return  # a file was loaded into the module: that is what was asked for
         self._absorb()
         if self._lends(pl_module) and self._custody is not None:
+            self._meet(trainer)
             self._custody.lend(self._batches(trainer))
+
+    def _meet(self, trainer: Trainer) -> None:
+        """Says what the processes of this trainer do together in a loan."""
+        average = self._require()
+        if average.processes > 1 and average.processes != trainer.world_size:
+            raise RuntimeError(shared_among_others(average.processes, trainer.world_size))
+        average.reconcile = trainer_facts.reconcile(trainer)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes what further passes are to find again; a file that is evaluated has none."""

@@ -14,6 +14,7 @@ from lightning_ema.pairing import Pairing
 from lightning_ema.schedules import Plan, Schedule
 from lightning_ema.settings import Settings
 from lightning_ema.shards import all_across, local
+from lightning_ema.shares import Reconcile
 from lightning_ema.state import COUNTERS
 
 
@@ -35,9 +36,11 @@ class Course:
         loan: the loan of one of the averages to the module, if there was one.
         delivery: the same for a delivery.
         lender: the place of the average that was lent or delivered last.
+        reconcile: what becomes of buffers that differ among processes, in what is lent.
+        alone: whether no other process may be waited for, as after an exception in one of them.
     """
 
-    def __init__(self, module: nn.Module, settings: Settings, into: nn.Module | None) -> None:
+    def __init__(self, module: nn.Module, settings: Settings, into: nn.Module | None, shard: bool) -> None:
         self.num_steps = self.num_updates = self.num_skipped = self.last_update_step = 0
         self.lender = 0
         self.start_step = settings.start_step
@@ -45,7 +48,9 @@ class Course:
         self.histories = [History() for _ in settings.decays]
         self.loan: Loan | None = None
         self.delivery: Loan | None = None
-        self.pairing = Pairing(module, settings, into)
+        self.reconcile: Reconcile | None = None
+        self.alone = False
+        self.pairing = Pairing(module, settings, into, shard)
         self._settings = settings
         self._no_grad = torch.no_grad()
         if self.start_step == 0:
@@ -84,7 +89,9 @@ class Course:
         return True
 
     def _finite(self, lives: list[Tensor]) -> bool:
-        return all_across(all_finite(lives), self.pairing.groups, lives[0].device)
+        finite = all_finite(lives)
+        device = next(iter(self.pairing.pairs())).live.device
+        return finite if self.alone else all_across(finite, self.pairing.groups, device)
 
     def _decay(self, schedule: Schedule, after: int, upto: int) -> float:
         if upto - after == 1 or self._settings.decay_per == "update":

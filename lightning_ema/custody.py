@@ -235,7 +235,9 @@ class Custody:
     def adopt(self, steps: int, updates: int, live: dict[str, Any]) -> None:
         """Takes up an average of Lightning's ``WeightAveraging`` in the same way."""
         counters = {"num_steps": steps, "num_updates": updates, "last_update_step": steps}
-        self.average.load_state_dict({**self.average.state_dict(), **counters})
+        loaded = dict(self.average.named_live())  # the file's average
+        averages = {"average": loaded, "others": [loaded for _ in self.average.averages[1:]]}
+        self.average.load_state_dict({**self.average.state_dict(), **counters, **averages})
         self.average.module.load_state_dict(live, strict=False)
 
 

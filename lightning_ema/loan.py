@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lightning_ema.kernels import exchange_
 from lightning_ema.selection import Candidate, without_wrappers
-from lightning_ema.shards import is_sharded, local, version
+from lightning_ema.shards import Groups, empty_like, groups_of, is_sharded, local, version, write
+from lightning_ema.shares import Reconcile, Share, everyone, reconcile_
 
 
 @dataclass(eq=False)
@@ -21,8 +22,10 @@ class Pair:
 
     Attributes:
         candidate: the tensor, its names and where it hangs.
-        averages: one for each decay, of the same shape and strides; empty until the average has started.
+        averages: one for each decay, of the same shape and strides; empty until the average has started. Where they are
+            shared, the elements that this process keeps.
         origin: the live tensor as it was at the start, where a schedule corrects for it.
+        share: what each process keeps of the averages, where they are shared among several.
         exclusive: whether the live tensor's storage is its own and may be exchanged for the average's.
         crossed: whether it shares part of its memory with another tensor of the module.
     """
@@ -30,8 +33,13 @@ class Pair:
     candidate: Candidate
     averages: list[Tensor]
     origin: Tensor | None = None
+    share: Share | None = None
     exclusive: bool = True
     crossed: bool = False
+
+    def __post_init__(self) -> None:
+        self.shape = self.live.shape
+        """That of the live tensor when it was paired."""
 
     @property
     def name(self) -> str:
@@ -41,6 +49,41 @@ class Pair:
     def live(self) -> Tensor:
         """The tensor itself: a Parameter or buffer that keeps its identity when it is moved, cast or lent."""
         return self.candidate.tensor
+
+    @property
+    def stored(self) -> list[Tensor]:
+        """Everything that is kept beside the live tensor."""
+        return self.averages if self.origin is None else [*self.averages, self.origin]
+
+    @property
+    def groups(self) -> Groups:
+        """The processes among which the averages are cut."""
+        return groups_of(self.live) if self.share is None else everyone()
+
+    def copy(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A copy of what this process keeps of the live tensor."""
+        with torch.inference_mode(False), torch.no_grad():  # else one made in a validation could not be trained on
+            like = self.live if self.share is None else self.part(self.live)
+            return empty_like(like, dtype, device).copy_(like)
+
+    def part(self, tensor: Tensor) -> Tensor:
+        """The elements of the live tensor, or of one like it, that ``averages`` lie beside: a view."""
+        return local(tensor) if self.share is None else self.share.of(tensor.detach(), self.live.detach())
+
+    def beside(self, tensor: Tensor) -> Tensor:
+        """The live tensor, or one like it, as it lies beside ``averages``: sharded like them, or a part."""
+        return tensor if self.share is None else self.part(tensor)
+
+    def write(self, stored: Tensor, value: Tensor) -> None:
+        """Copies a whole value of the live tensor's shape into one of those that are ``stored``."""
+        if self.share is None:
+            write(stored, value)
+        else:
+            stored.copy_(self.share.of(value, self.live.detach()))
+
+    def whole(self, part: Tensor) -> Tensor:
+        """A tensor from what all processes keep of it, which must all call this; itself where it is not shared."""
+        return part if self.share is None else self.share.whole(part, self.live.detach())
 
 
 # How a tensor was lent, which says how it comes back:
@@ -70,10 +113,16 @@ class Loan:
         copy: lend a copy, so that the module may write to what it is lent.
         in_place: leave every tensor the storage that it has.
         settle: makes the module show its own tensors, where a forward pass leaves others in their place.
+        reconcile: what becomes of buffers that differ among processes, in what is lent.
     """
 
     def __init__(
-        self, averages: Iterable[tuple[Pair, Tensor]], copy: bool, in_place: bool, settle: Callable[[], None]
+        self,
+        averages: Iterable[tuple[Pair, Tensor]],
+        copy: bool,
+        in_place: bool,
+        settle: Callable[[], None],
+        reconcile: Reconcile | None,
     ) -> None:
         self._lent: dict[str, _Lent] = {}
         self._settle = settle
@@ -85,7 +134,10 @@ class Loan:
                 # where memory is shared in part, all live values are taken before any of it is written to
                 kept = {pair.name: pair.live.data.clone() for pair, _ in stored if pair.crossed}
                 for pair, average in stored:
-                    self._lend(pair, average, copy, in_place, kept.get(pair.name))
+                    buffers_apart = pair.candidate.is_buffer and reconcile is not None
+                    self._lend(pair, average, copy or buffers_apart, in_place, kept.get(pair.name))
+                if reconcile is not None:
+                    reconcile_([pair.live.data for pair, _ in stored if pair.candidate.is_buffer], reconcile)
         except BaseException:
             self.end()
             raise
@@ -168,9 +220,9 @@ class Loan:
         copy = copy or pair.candidate.rewritten or (buffer and not in_place)
         direct = alike and not copy and kept is None
         if pair.exclusive and not in_place:
-            lent = _Lent(pair, average, "storage", tensor.data, watched=direct)
+            lent = _Lent(pair, average, "storage", tensor.data, watched=direct and pair.share is None)
         elif direct:
-            lent = _Lent(pair, average, "exchange", average, watched=not buffer)
+            lent = _Lent(pair, average, "exchange", average, watched=not buffer and pair.share is None)
         else:
             lent = _Lent(pair, average, "contents", tensor.data.clone() if kept is None else kept, watched=False)
         self._lent[pair.name] = lent  # noted first, so that an interruption finds it

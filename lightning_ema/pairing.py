@@ -15,7 +15,8 @@ from lightning_ema.kernels import lerp_, lerp_cast_, lerp_several_
 from lightning_ema.loan import Pair
 from lightning_ema.selection import Candidate, Survey, check_patterns, joins, owns_storage
 from lightning_ema.settings import Settings
-from lightning_ema.shards import Groups, empty_like, groups_of, is_sharded, local, same_cut, write
+from lightning_ema.shards import Groups, is_sharded, local, same_cut
+from lightning_ema.shares import Share, can_be_shared, shares
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,12 +40,13 @@ class Pairing:
         groups: the processes among which some of them are cut.
     """
 
-    def __init__(self, module: nn.Module, settings: Settings, into: nn.Module | None) -> None:
+    def __init__(self, module: nn.Module, settings: Settings, into: nn.Module | None, shard: bool) -> None:
         self.started = False
         self.identities: frozenset[int] = frozenset()
         self.groups: Groups = ()
         self._module = module
         self._settings = settings
+        self._shard = shard
         self._targets = None if into is None else {n: c.tensor for c in Survey(into).candidates for n in c.names}
         self._keeps_origin = any(schedule.corrects for schedule in settings.decays)
         self._pairs: dict[str, Pair] = {}
@@ -70,8 +72,8 @@ class Pairing:
         self._refresh()
         with torch.no_grad():
             for pair in self._pairs.values():
-                for tensor in _stored(pair):
-                    tensor.copy_(pair.live)
+                for tensor in pair.stored:
+                    tensor.copy_(pair.part(pair.live))
 
     def forget(self) -> None:
         """Gives the averages up, as before the start."""
@@ -167,11 +169,11 @@ class Pairing:
         with torch.no_grad():
             for place, tensors in enumerate(sets[:-1]):
                 for name, value in tensors.items():
-                    write(self._pairs[name].averages[place], value)
+                    self._pairs[name].write(self._pairs[name].averages[place], value)
             for name, value in sets[-1].items():
                 kept = self._pairs[name].origin
                 if kept is not None:
-                    write(kept, value)
+                    self._pairs[name].write(kept, value)
 
     def _wanted(self, tensors: dict[str, Tensor], known: dict[str, Candidate]) -> dict[str, Tensor]:
         named = {known[name].name: value for name, value in tensors.items() if name in known}
@@ -181,13 +183,14 @@ class Pairing:
 
     def _refresh(self) -> None:
         self._survey = Survey(self._module)
-        before, self._pairs = self._pairs, {}
+        before, taken = self._pairs, {}
         for candidate in self._survey.candidates:
-            known = before.get(candidate.name)
-            if known is not None or self._takes(candidate):
-                if candidate.name in self._pairs:
+            if candidate.name in before or self._takes(candidate):
+                if candidate.name in taken:
                     raise ValueError(f"two tensors are named {candidate.name!r} once wrapper prefixes are left out.")
-                self._pairs[candidate.name] = self._pair(candidate, known)
+                taken[candidate.name] = candidate
+        new = self._shares_of_new(taken, before)
+        self._pairs = {name: self._pair(c, before.get(name), new.get(name)) for name, c in taken.items()}
         self._waiting = [
             candidate
             for candidate in self._survey.candidates
@@ -223,27 +226,48 @@ class Pairing:
             return False
         return True
 
-    def _pair(self, candidate: Candidate, known: Pair | None) -> Pair:
+    def _shares_of_new(self, taken: dict[str, Candidate], before: dict[str, Pair]) -> dict[str, Share]:
+        """What each process is to keep of the parameters that join now. Those already there stay where they are."""
+        if not self._shard or not self.started:
+            return {}
+        new = [
+            candidate
+            for name, candidate in taken.items()
+            if not candidate.is_buffer  # small, and other ones in each process
+            and can_be_shared(candidate.tensor.detach())
+            and (name not in before or not before[name].averages or before[name].shape != candidate.tensor.shape)
+        ]
+        return {c.name: share for c, share in zip(new, shares([c.tensor for c in new]), strict=True)}
+
+    def _pair(self, candidate: Candidate, known: Pair | None, new_share: Share | None) -> Pair:
         if not self.started:
             return Pair(candidate, [])
         if self._targets is not None:
             return Pair(candidate, [self._target(candidate)])
-        before = [] if known is None else _stored(known)
-        if before and before[0].shape != candidate.tensor.shape:
+        before, share = ([], None) if known is None else (known.stored, known.share)
+        if known is not None and before and known.shape != candidate.tensor.shape:
             warnings.warn(
-                f"{candidate.name} changed its shape from {tuple(before[0].shape)} to "
+                f"{candidate.name} changed its shape from {tuple(known.shape)} to "
                 f"{tuple(candidate.tensor.shape)}: its average starts again from the live tensor.",
                 stacklevel=2,
             )
             before = []
+        if before and share is not None and share.stride != candidate.tensor.stride():
+            raise RuntimeError(
+                f"{candidate.name} changed its memory format from strides {share.stride} to "
+                f"{candidate.tensor.stride()} while its average is shared among processes. Change it before training."
+            )
         keeps_origin = self._keeps_origin and not candidate.is_buffer
         count = len(self._settings.decays) + keeps_origin
         dtype, device = self._home(candidate.tensor)
+        pair = Pair(candidate, [], share=share if before else new_share)
         if before:
             tensors = [tensor.to(device=device, dtype=dtype) for tensor in before]
         else:
-            tensors = [_copy(candidate.tensor, dtype, device) for _ in range(count)]
-        return Pair(candidate, tensors[: len(self._settings.decays)], tensors[-1] if keeps_origin else None)
+            tensors = [pair.copy(dtype, device) for _ in range(count)]
+        pair.averages = tensors[: len(self._settings.decays)]
+        pair.origin = tensors[-1] if keeps_origin else None
+        return pair
 
     def _target(self, candidate: Candidate) -> Tensor:
         target = None if self._targets is None else self._targets.get(candidate.name)
@@ -276,25 +300,24 @@ class Pairing:
         crossed = _crossed(self._survey.candidates)
         ordered = sorted(self._pairs.values(), key=lambda pair: str(_kind(pair)))
         self._ordered = ordered
+        self._absorbed = [pair for pair in ordered if pair.share is None or not pair.share.empty]
         self._expect()
-        self.groups = tuple(dict.fromkeys(group for pair in ordered for group in groups_of(pair.live)))
+        self.groups = tuple(dict.fromkeys(group for pair in ordered for group in pair.groups))
         self._groups: list[_Group] = []
         for pair in ordered:
             unshared = holders[_storage(pair.candidate)] == 1 and not pair.candidate.aliases
             pair.exclusive = unshared and owns_storage(pair.live)
             pair.crossed = id(pair.candidate) in crossed
         start = 0
-        while self.started and start < len(ordered):
-            end = start
-            while end < len(ordered) and _kind(ordered[end]) == _kind(ordered[start]):
-                end += 1
-            stored = ([local(average) for average in pair.averages] for pair in ordered[start:end])
-            averages = [list(each) for each in zip(*stored, strict=True)]
-            self._groups.append(_Group(averages, slice(start, end), _alike(ordered[start])))
-            start = end
+        while self.started and start < len(self._absorbed):
+            kind = _kind(self._absorbed[start])
+            alike = list(itertools.takewhile(lambda pair: _kind(pair) == kind, self._absorbed[start:]))  # noqa: B023
+            averages = [list(each) for each in zip(*([local(a) for a in pair.averages] for pair in alike), strict=True)]
+            self._groups.append(_Group(averages, slice(start, start + len(alike)), kind[:2] == kind[2:]))
+            start += len(alike)
 
     def _expect(self) -> None:
-        self._lives = [local(pair.live) for pair in self._ordered]
+        self._lives = [pair.part(pair.live) for pair in self._absorbed]
         self._expected = [(*pair.candidate.slots[0], pair.live, pair.live.data_ptr()) for pair in self._ordered]
         sharded = [(pair.live, local(pair.live)) for pair in self._ordered if is_sharded(pair.live)]
         self._shards = [(live, shard, shard.data_ptr()) for live, shard in sharded]  # apart: whole ones are the rule
@@ -355,18 +378,5 @@ def _crossed(candidates: list[Candidate]) -> set[int]:
     return found
 
 
-def _stored(pair: Pair) -> list[Tensor]:
-    return pair.averages if pair.origin is None else [*pair.averages, pair.origin]
-
-
-def _copy(live: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False), torch.no_grad():  # else an average made in a validation could not be trained
-        return empty_like(live, dtype, device).copy_(live)
-
-
 def _kind(pair: Pair) -> tuple[object, ...]:
     return tuple(of for tensor in (pair.live, *pair.averages[:1]) for of in (tensor.dtype, tensor.device))
-
-
-def _alike(pair: Pair) -> bool:
-    return _kind(pair)[:2] == _kind(pair)[2:]

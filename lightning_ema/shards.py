@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -86,14 +86,6 @@ def groups_of(tensor: Tensor) -> Groups:
         return ()
     cut = [dimension for dimension, placement in enumerate(tensor.placements) if not placement.is_replicate()]
     return tuple(tensor.device_mesh.get_group(dimension) for dimension in cut)
-
-
-def by_groups(tensors: Mapping[str, Tensor]) -> dict[Groups, list[str]]:
-    """The names of tensors, by the processes among which they are cut."""
-    names: dict[Groups, list[str]] = {}
-    for name, tensor in tensors.items():
-        names.setdefault(groups_of(tensor), []).append(name)
-    return names
 
 
 def sum_across(values: Tensor, groups: Groups, device: torch.device) -> Tensor:

@@ -8,8 +8,11 @@ from typing import Any, TypeVar, cast
 
 import lightning_utilities.core.rank_zero as rank_zero
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_ema.schedules import Plan
+from lightning_ema.shares import Reconcile
 
 _Kind = TypeVar("_Kind", bound=type)
 _Value = TypeVar("_Value")
@@ -77,6 +80,31 @@ def check_strategy(trainer: Trainer) -> None:
                 f"EMACallback does not work with {kind.__name__}: {_UNSUPPORTED[kind.__name__]}. Use "
                 "ModelParallelStrategy with fully_shard (FSDP2), or strategy='ddp'."
             )
+
+
+def check_shard(trainer: Trainer) -> None:
+    """Refuse to share an average among processes that do not all hold the whole weights.
+
+    Raises:
+        ValueError: naming the strategy.
+    """
+    strategy = trainer.strategy
+    if trainer.world_size > 1 and not isinstance(strategy, DDPStrategy):
+        raise ValueError(
+            f"shard=True does not go with {type(strategy).__name__}: it is for strategy='ddp', where each process "
+            "holds the whole weights. Where they are sharded the average is sharded like them: leave shard out."
+        )
+
+
+def reconcile(trainer: Trainer) -> Reconcile | None:
+    """What a loan does about BatchNorm statistics, which differ among processes.
+
+    DDP gives all of them those of the first process in each forward pass, unless ``broadcast_buffers=False``.
+    """
+    model = trainer.strategy.model
+    if trainer.world_size == 1 or not is_fitting(trainer):
+        return None
+    return "first" if isinstance(model, DistributedDataParallel) and model.broadcast_buffers else "mean"
 
 
 def plan(trainer: Trainer) -> Plan:

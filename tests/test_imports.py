@@ -23,6 +23,7 @@ LAYERS = [
         "loaders",
         "randomness",
     },
+    {"shares"},
     {"settings", "loan", "footprint", "recalibration", "aside", "metrics", "spelling", "views"},
     {"pairing", "history"},
     {"course", "profiles"},
@@ -69,7 +70,7 @@ ALLOWED_OUTSIDE = {
     **{name: {"lightning", "torch"} for name in ("semi_supervised_data", "teacher_callback", "training_batches")},
     "teacher": {"lightning", "torch", "torchmetrics"},
     "teacher_config": set(),
-    "trainer_facts": {"lightning", "pytorch_lightning"},
+    "trainer_facts": {"lightning", "pytorch_lightning", "torch"},
     **{name: {"torch", "torchmetrics"} for name in ("metrics", "selection")},
 }
 
