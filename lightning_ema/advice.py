@@ -89,3 +89,11 @@ def shared_among_others(processes: int, now: int) -> str:
         f"the average is shared among {processes} processes (shard=True), but this trainer has {now}. Evaluate in the "
         "trainer that fitted, or with after_fit='average', which leaves the whole average in the module."
     )
+
+
+def waited(times: int) -> str:
+    """A remark where the average lies in host memory and its updates took longer than a step."""
+    return (
+        f"{times} times a step had to wait for the average's update in host memory. A larger every_n_steps makes that "
+        "rarer."
+    )

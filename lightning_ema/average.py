@@ -146,6 +146,11 @@ class WeightAverage:
         return self._course.last_update_step
 
     @property
+    def waits(self) -> int:
+        """How often training had to wait for an update in host memory (``device="cpu"`` beside an accelerator)."""
+        return self._course.pairing.waits
+
+    @property
     def history(self) -> History:
         """At which steps the average absorbed the live weights, and under which schedule."""
         return self._course.histories[self._place]
@@ -203,7 +208,7 @@ class WeightAverage:
         before that step. The next update then trusts that no submodule was exchanged in between.
         """
         if not self.delivered:
-            self._course.pairing.refresh_if_stale(trust_structure_once=True)
+            self._course.refresh()
 
     # --- the loan ---------------------------------------------------------------------------------------------------
 
@@ -415,6 +420,12 @@ class WeightAverage:
 
     def owns(self, optimizer: Any) -> bool:
         """Whether the optimizer trains a tensor that is averaged."""
+        if self._trains_any(optimizer):
+            return True
+        self._course.pairing.refresh_if_stale()  # its tensors may have been replaced since the last update
+        return self._trains_any(optimizer)
+
+    def _trains_any(self, optimizer: Any) -> bool:
         owned = self._course.pairing.identities
         for group in optimizer.param_groups:  # plain loops: this runs at every step, and the first tensor decides
             for parameter in group["params"]:

@@ -24,6 +24,7 @@ from lightning_ema.advice import (
     still_rising,
     switching,
     too_long,
+    waited,
 )
 from lightning_ema.average import WeightAverage
 from lightning_ema.checks import check_choice, check_count, check_flag
@@ -262,6 +263,8 @@ class EMACallback(Callback):
             self._warn(no_step_seen(trainer.global_step))
         elif missed:
             self._say(steps_missed(missed))
+        if waits := self._require().waits:
+            self._say(waited(waits))
         if self._snapshots is not None and self._require().started:
             write(self._snapshots, self.averages)
         if self._custody is not None:

@@ -71,6 +71,14 @@ class Course:
             return False
         return passed(self._settings.every_n_steps, before, before + n) and self._update()
 
+    def refresh(self) -> None:
+        """Looks for what changed before a step: for everything if an update follows it, else for what was unfrozen."""
+        before = self.num_steps - self.start_step
+        if self.pairing.started and passed(self._settings.every_n_steps, before, before + 1):
+            self.pairing.refresh_if_stale(trust_structure_once=True)
+        else:
+            self.pairing.admit()
+
     def _update(self) -> bool:
         after, upto = self.last_update_step - self.start_step, self.num_steps - self.start_step
         rates = [1 - self._decay(schedule, after, upto) for schedule in self.schedules]

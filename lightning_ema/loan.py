@@ -284,7 +284,7 @@ def _replaced(candidate: Candidate) -> bool:
 
 
 def _copy_like(average: Tensor, tensor: Tensor) -> Tensor:
-    return average.to(device=tensor.device, dtype=tensor.dtype, copy=True)
+    return average.to(device=tensor.device, dtype=tensor.dtype, copy=True, non_blocking=average.is_pinned())
 
 
 def lasting(state_dict: dict[str, Any], returning: Iterable[Tensor]) -> dict[str, Any]:

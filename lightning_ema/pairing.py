@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_ema.kernels import lerp_, lerp_cast_, lerp_several_
 from lightning_ema.loan import Pair
+from lightning_ema.offload import Offload, Update
 from lightning_ema.selection import Candidate, Survey, check_patterns, joins, owns_storage
 from lightning_ema.settings import Settings
 from lightning_ema.shards import Groups, is_sharded, local, same_cut
@@ -26,6 +27,7 @@ class _Group:
     averages: list[list[Tensor]]
     stretch: slice
     alike: bool
+    offloaded: bool
 
 
 class Pairing:
@@ -49,6 +51,7 @@ class Pairing:
         self._shard = shard
         self._targets = None if into is None else {n: c.tensor for c in Survey(into).candidates for n in c.names}
         self._keeps_origin = any(schedule.corrects for schedule in settings.decays)
+        self._offload = Offload()
         self._pairs: dict[str, Pair] = {}
         self._admitted: set[str] = set()
         self._unbounded: set[str] = set()
@@ -63,8 +66,14 @@ class Pairing:
             )
 
     def pairs(self) -> Iterable[Pair]:
-        """All pairs, in the order of the module."""
+        """All pairs, in the order of the module, once an update under way is finished."""
+        self._offload.finish()
         return self._pairs.values()
+
+    @property
+    def waits(self) -> int:
+        """How often training had to wait for an update in host memory."""
+        return self._offload.waits
 
     def start(self) -> None:
         """Sets every average to the live tensor."""
@@ -78,19 +87,24 @@ class Pairing:
     def forget(self) -> None:
         """Gives the averages up, as before the start."""
         self.started = False
-        for pair in self._pairs.values():
+        for pair in self.pairs():
             pair.averages, pair.origin = [], None
         self._arrange()
 
     def absorb(self, lives: list[Tensor], rates: Sequence[float]) -> None:
         """``average += rate * (live - average)`` for each decay's average, with ``lives`` from :meth:`lives`."""
         for group in self._groups:
+            if group.offloaded:
+                continue
             if not group.alike:
                 lerp_cast_(group.averages, lives[group.stretch], rates)
             elif len(rates) == 1:
                 lerp_(group.averages[0], lives[group.stretch], rates[0])
             else:
                 lerp_several_(group.averages, lives[group.stretch], rates)
+        offloaded = [Update(g.averages, lives[g.stretch], rates) for g in self._groups if g.offloaded]
+        if offloaded:
+            self._offload.submit(offloaded)
 
     def lives(self) -> list[Tensor]:
         """The live tensors as they are now, in the order that :meth:`absorb` takes."""
@@ -121,6 +135,11 @@ class Pairing:
                 if not self._adopt():
                     self._refresh()
                 return
+
+    def admit(self) -> None:
+        """Pairs again if a tensor was unfrozen since the last time. Costs nothing where none is frozen."""
+        if self._someone_joins():
+            self._refresh()
 
     def load(
         self, averages: Sequence[dict[str, Tensor]], origin: dict[str, Tensor], buffers_begin: bool = False
@@ -182,6 +201,7 @@ class Pairing:
     # --- pairing ----------------------------------------------------------------------------------------------------
 
     def _refresh(self) -> None:
+        self._offload.finish()
         self._survey = Survey(self._module)
         before, taken = self._pairs, {}
         for candidate in self._survey.candidates:
@@ -313,7 +333,8 @@ class Pairing:
             kind = _kind(self._absorbed[start])
             alike = list(itertools.takewhile(lambda pair: _kind(pair) == kind, self._absorbed[start:]))  # noqa: B023
             averages = [list(each) for each in zip(*([local(a) for a in pair.averages] for pair in alike), strict=True)]
-            self._groups.append(_Group(averages, slice(start, start + len(alike)), kind[:2] == kind[2:]))
+            stretch, offloaded = slice(start, start + len(alike)), kind[3].type == "cpu" != kind[1].type
+            self._groups.append(_Group(averages, stretch, kind[:2] == kind[2:], offloaded))
             start += len(alike)
 
     def _expect(self) -> None:
@@ -378,5 +399,6 @@ def _crossed(candidates: list[Candidate]) -> set[int]:
     return found
 
 
-def _kind(pair: Pair) -> tuple[object, ...]:
-    return tuple(of for tensor in (pair.live, *pair.averages[:1]) for of in (tensor.dtype, tensor.device))
+def _kind(pair: Pair) -> tuple[torch.dtype, torch.device, torch.dtype, torch.device]:
+    average = pair.averages[0] if pair.averages else pair.live
+    return pair.live.dtype, pair.live.device, average.dtype, average.device

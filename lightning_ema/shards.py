@@ -39,7 +39,10 @@ def version(tensor: Tensor) -> int:
 
 def empty_like(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor that does not require grad, and is cut like the given one."""
-    own = torch.empty_like(local(tensor), dtype=dtype, device=device, requires_grad=False)
+    pinned = (
+        device.type == "cpu" and tensor.device.type == "cuda"
+    )  # so that copies between the two need not be waited for
+    own = torch.empty_like(local(tensor), dtype=dtype, device=device, requires_grad=False, pin_memory=pinned)
     if not isinstance(tensor, DTensor):
         return own
     if own.device.type != tensor.device_mesh.device_type:

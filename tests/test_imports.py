@@ -23,7 +23,7 @@ LAYERS = [
         "loaders",
         "randomness",
     },
-    {"shares"},
+    {"shares", "offload"},
     {"settings", "loan", "footprint", "recalibration", "aside", "metrics", "spelling", "views"},
     {"pairing", "history"},
     {"course", "profiles"},
