@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from lightning_ema.schedules import Schedule, Warmup
 
@@ -97,3 +97,9 @@ def waited(times: int) -> str:
         f"{times} times a step had to wait for the average's update in host memory. A larger every_n_steps makes that "
         "rarer."
     )
+
+
+def chosen(metric: str, scores: Mapping[str, float], winner: str) -> str:
+    """Said when one of several averages has been chosen by a metric."""
+    rest = ", ".join(f"{name} {score:.6g}" for name, score in scores.items() if name != winner)
+    return f"by {metric} the decay {winner} is chosen, with {scores[winner]:.6g} ({rest})."

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_ema import checkpoint as checkpoints
 from lightning_ema import distributed_checkpoint, second_pass, trainer_facts, training_batches
 from lightning_ema.advice import (
+    chosen,
     introduction,
     no_step_seen,
     other_settings,
@@ -28,7 +29,9 @@ from lightning_ema.advice import (
 )
 from lightning_ema.average import WeightAverage
 from lightning_ema.checks import check_choice, check_count, check_flag
+from lightning_ema.choice import Mode, best_of, score_of
 from lightning_ema.custody import Batches, Custody
+from lightning_ema.evaluation_loop import Result
 from lightning_ema.module_hook import Hook, ModuleHook
 from lightning_ema.schedules import Plan, Schedule
 from lightning_ema.settings import Buffers, DecayPer, OnNonfinite, Settings, label
@@ -68,6 +71,11 @@ class EMACallback(Callback):
         others: what is done with the further averages of several decays: ``"follow"`` them (they are stored, and in
             ``averages``), ``"log"`` their decay and distance too, or also ``"evaluate"`` each in a pass of its own over
             the validation or test data, logged as ``<metric>/<name>_<decay>``.
+        select: the metric by which one of several decays is chosen in each validation of a fit: each average is
+            evaluated in a pass of its own, logged as ``<metric>/<name>_<decay>``; then the best one is evaluated under
+            the plain names, monitored, saved and delivered. Takes one more pass over the data than there are averages.
+        mode: whether the smallest (``"min"``) or the largest (``"max"``) value of it is the best.
+        evaluate_every: choose only in every so many validations.
         switch_every: set the live weights to the average at every so many steps, or at the end of each ``"epoch"``;
             the optimizer's state is kept. The one setting that changes the training: Switch EMA (arXiv 2402.09240),
             Hare and Tortoise. None: never.
@@ -100,6 +108,9 @@ class EMACallback(Callback):
         start_epoch: int = 0,
         evaluate: Evaluate = "average",
         others: Others = "follow",
+        select: str | None = None,
+        mode: Mode = "min",
+        evaluate_every: int = 1,
         switch_every: int | Literal["epoch"] | None = None,
         snapshots: Snapshots | None = None,
         after_fit: AfterFit = "average",
@@ -131,6 +142,12 @@ class EMACallback(Callback):
             raise ValueError(f"others={others!r} needs several decays, for instance decay=[0.99, 0.999].")
         if others == "evaluate" and evaluate == "live":
             raise ValueError("others='evaluate' beside evaluate='live': write evaluate='both', or 'average'.")
+        check_choice(mode, "mode", get_args(Mode))
+        check_count(evaluate_every, "evaluate_every", at_least=1)
+        if select is None and (mode != "min" or evaluate_every != 1):
+            raise ValueError("mode and evaluate_every belong to select: write select='val_loss', or leave them out.")
+        if select is not None:
+            self._check_select(select, evaluate, others, buffers)
         if switch_every is not None and switch_every != "epoch":
             check_count(switch_every, "switch_every", at_least=1)
         if snapshots is not None and not isinstance(snapshots, Snapshots):
@@ -146,6 +163,9 @@ class EMACallback(Callback):
         self.start_epoch = start_epoch
         self.evaluate = evaluate
         self.others = others
+        self.select = select
+        self.mode: Mode = mode
+        self.evaluate_every = evaluate_every
         self.switch_every = switch_every
         self.snapshots = snapshots
         self._snapshots: Snapshots | None = None
@@ -157,6 +177,20 @@ class EMACallback(Callback):
         self._plan = Plan()
         self._skips_said = False
         self._begun: second_pass.Begun | None = None
+        self._scored: list[tuple[str, list[Result]]] = []
+
+    def _check_select(self, select: str, evaluate: Evaluate, others: Others, buffers: Buffers) -> None:
+        if not isinstance(select, str) or not select:
+            raise ValueError(f"select is {select!r}; it must be the name of a metric, such as 'val_loss'.")
+        if len(self.settings.decays) == 1:
+            raise ValueError(
+                f"select={select!r} needs several decays to choose from, for instance decay=[0.99, 0.999]."
+            )
+        for argument, value, refused in (("evaluate", evaluate, "live"), ("others", others, "evaluate")):
+            if value == refused:
+                raise ValueError(f"select={select!r} beside {argument}={refused!r}: leave {argument} out.")
+        if buffers == "recalibrate":
+            raise ValueError(f"select={select!r} beside buffers='recalibrate': write buffers='average'.")
 
     @property
     def state_key(self) -> str:
@@ -172,6 +206,11 @@ class EMACallback(Callback):
         """All averages of this callback, in the order of their decays; none until training starts."""
         return [] if self.average is None else self.average.averages
 
+    @property
+    def selected(self) -> WeightAverage | None:
+        """The average that evaluations and files are given: the first, or the one that ``select`` has chosen last."""
+        return None if self._custody is None else self.averages[self._custody.chosen]
+
     # --- a fit ------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -179,8 +218,11 @@ class EMACallback(Callback):
         if self.shard:
             trainer_facts.check_shard(trainer)
         trainer_facts.check_callbacks(trainer)
-        if self.evaluate == "both" or self.others == "evaluate":
-            second_pass.check(trainer)
+        for argument, value in (("evaluate", "both"), ("others", "evaluate")):
+            if getattr(self, argument) == value:
+                second_pass.check(trainer, f"{argument}={value!r}")
+        if self.select is not None:
+            second_pass.check(trainer, f"select={self.select!r}")
         ours = [c for c in trainer_facts.callbacks(trainer) if isinstance(c, EMACallback)]
         lenders = [c.name for c in ours if c.evaluate != "live"]
         if len(lenders) > 1:
@@ -275,6 +317,7 @@ class EMACallback(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin(trainer, pl_module)
+        self._choose(trainer, pl_module)
         self._lend(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -474,8 +517,31 @@ class EMACallback(Callback):
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes what further passes are to find again; a file that is evaluated has none."""
         mine = self.average is not None and self.average.module is pl_module and not self._held().holds_file
-        due = mine and not trainer.sanity_checking and self._further_passes()
+        asked = self._further_passes() or self.select is not None
+        due = mine and not trainer.sanity_checking and asked
         self._begun = second_pass.begin(trainer, pl_module) if due else None
+
+    def _choose(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluates every average and hands the best one to the custody; the results are logged when logging is due."""
+        self._scored = []
+        custody, begun, metric = self._custody, self._begun, self.select
+        if custody is None or begun is None or metric is None or not trainer_facts.is_fitting(trainer):
+            return
+        if not custody.gives_average:
+            return
+        custody.choices += 1
+        if (custody.choices - 1) % self.evaluate_every:
+            return
+        scores = []
+        for place, average in enumerate(self.averages):
+            carried = custody.instead(place, self._batches(trainer))
+            results = second_pass.evaluate_again(trainer, pl_module, begun, carried)
+            self._scored.append((f"/{self._label(average)}", results))
+            scores.append(score_of(metric, {result.name: float(result.value) for result in results}))
+        # values that are not reduced over processes differ among them
+        custody.chosen = trainer_facts.agreed(trainer, best_of(scores, self.mode, custody.chosen))
+        labels = [label(average.settings.decay) for average in self.averages]
+        self._say(chosen(metric, dict(zip(labels, scores, strict=True)), labels[custody.chosen]))
 
     def _further_passes(self) -> dict[str, int | None]:
         """What is evaluated beside the average: the suffix of its metrics and its place; None for the live weights."""
@@ -487,6 +553,8 @@ class EMACallback(Callback):
         begun, self._begun = self._begun, None
         if begun is None:
             return
+        for suffix, results in self._scored:
+            second_pass.log_again(pl_module, results, suffix)
         for suffix, place in self._further_passes().items():
             carried = self._held().instead(place, self._batches(trainer))
             results = second_pass.evaluate_again(trainer, pl_module, begun, carried)

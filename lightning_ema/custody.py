@@ -34,12 +34,15 @@ class Custody:
     Attributes:
         steps_before: steps that the average had seen when the present trainer began; the run's length comes on top.
         switched: how often the live weights were due to be set to the average in the present trainer; None at first.
+        chosen: the place of the average that evaluations and files are given.
+        choices: how many validations there were in which one could be chosen.
     """
 
     def __init__(self, average: WeightAverage, evaluates: bool, recalibrates: bool) -> None:
         self.average = average
         self.steps_before = 0
         self.switched: int | None = None
+        self.chosen = self.choices = 0
         self._evaluates = evaluates
         self._statistics = [Recalibration(average.module) for _ in average.averages] if recalibrates else []
         self._aside: dict[str, Tensor] = {}
@@ -66,7 +69,7 @@ class Custody:
     @property
     def lends(self) -> bool:
         """Whether an evaluation or a file is to be given the average, and the module does not carry it already."""
-        carried = self.average.lends == 0 and (self.average.loan is not None or self.average.delivered)
+        carried = self.average.lends == self.chosen and (self.average.loan is not None or self.average.delivered)
         return self.gives_average and not carried
 
     @property
@@ -81,7 +84,7 @@ class Custody:
 
     def lend(self, batches: Batches | None = None) -> None:
         """Lends the average, with statistics estimated from ``batches`` where that has not been done for it yet."""
-        self._lend(0, batches)
+        self._lend(self.chosen, batches)
 
     def recall(self) -> None:
         """Brings the live weights back, also from a loan that a user's hook made; without one it does nothing."""
@@ -93,7 +96,7 @@ class Custody:
     @contextmanager
     def carried(self, batches: Batches | None) -> Iterator[None]:
         """The module carries the average inside this block: already, or on a loan of its own."""
-        with self.instead(0, batches) if self.lends else nullcontext():
+        with self.instead(self.chosen, batches) if self.lends else nullcontext():
             yield
 
     @contextmanager
@@ -194,8 +197,8 @@ class Custody:
         self._aside, self._footprint, self._loading = {}, None, False
 
     def _deliver(self) -> None:
-        self.average.deliver()
-        self._put_statistics_in(0, None)
+        self.average.averages[self.chosen].deliver()
+        self._put_statistics_in(self.chosen, None)
 
     def _take_back_delivery(self) -> None:
         self._take_statistics_out()
@@ -208,9 +211,10 @@ class Custody:
         live = dict(self.average.named_live()) if self.gives_average else self._aside
         if self.gives_average:
             live |= {name: tensor for each in self._statistics[:1] for name, tensor in each.live().items()}
-        in_state_dict = self.gives_average and not self.average.schedule.corrects
+        in_state_dict = self.gives_average and self.chosen == 0 and not self.average.schedule.corrects
         entry = pack(self.average.state_dict(), live, Survey(self.average.module).tensors, in_state_dict)
         entry["steps_before"] = self.steps_before
+        entry["chosen"], entry["choices"] = self.chosen, self.choices
         if self.switched is not None:
             entry["switched"] = self.switched
         with suppress(ValueError):  # a schedule that does not know the run yet
@@ -225,6 +229,7 @@ class Custody:
         state, live = unpack(entry, Survey(self.average.module).tensors)
         self.average.load_state_dict(state)
         self.steps_before, self.switched = entry.get("steps_before", 0), entry.get("switched")
+        self.chosen, self.choices = entry.get("chosen", 0), entry.get("choices", 0)
         if self._statistics and "recalibrated_at" in entry:
             self._statistics[0].keep(entry["recalibrated_at"])
             for statistics, kept in zip(self._statistics[1:], entry.get("recalibrated", ()), strict=False):

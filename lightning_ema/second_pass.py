@@ -40,8 +40,12 @@ class Begun:
     buffers_due: bool
 
 
-def check(trainer: Trainer) -> None:
+def check(trainer: Trainer, asked: str) -> None:
     """Refuse a trainer under which a second pass cannot be run.
+
+    Args:
+        trainer: the trainer.
+        asked: the argument that asks for it, as it was written.
 
     Raises:
         ValueError: naming the strategy, or Lightning's version.
@@ -49,14 +53,14 @@ def check(trainer: Trainer) -> None:
     kinds = [kind.__name__ for kind in type(trainer.strategy).__mro__]
     if not next((_STRATEGIES[kind] for kind in kinds if kind in _STRATEGIES), False):
         raise ValueError(
-            f"evaluate='both' does not work with {kinds[0]}: a second pass over the data is run on a single device or "
-            "under DDP. Use strategy='ddp', or evaluate='average'."
+            f"{asked} does not work with {kinds[0]}: a second pass over the data is run on a single device or "
+            f"under DDP. Use strategy='ddp', or leave {asked} out."
         )
     missing = [name for name in NEEDED if not hasattr(trainer.validate_loop, name)]
     if missing:
         raise ValueError(
-            f"evaluate='both' does not know this version of Lightning, whose evaluation loop has no "
-            f"{', '.join(missing)}. Use evaluate='average'."
+            f"{asked} does not know this version of Lightning, whose evaluation loop has no "
+            f"{', '.join(missing)}. Leave {asked} out."
         )
 
 

@@ -9,7 +9,7 @@ import lightning_ema
 
 ROOT = Path(lightning_ema.__file__).parent
 LAYERS = [
-    {"checks", "state", "ramps", "logits", "shards"},
+    {"checks", "choice", "state", "ramps", "logits", "shards"},
     {"schedules"},
     {
         "compositions",
@@ -55,6 +55,7 @@ LAYERS = [
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 ALLOWED_OUTSIDE = {
     "checks": set(),
+    "choice": set(),
     "state": {"torch"},
     "schedules": set(),
     "ramps": set(),

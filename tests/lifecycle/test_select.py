@@ -1,0 +1,156 @@
+"""One of several averages is chosen in each validation, by scores that are worked out here in trainers of their own."""
+
+import copy
+import logging
+import math
+
+import pytest
+import torch
+from helpers import EMACallback, Regression, clones, equal, fit, loader, seeded, trainer
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_ema import Constant
+from lightning_ema.choice import best_of
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+NAMES = ["Constant_0.2", "Constant_0.8"]
+
+
+def selecting(**kwargs):
+    return EMACallback([Constant(0.2), Constant(0.8)], **{"select": "val_loss", **kwargs})
+
+
+class Scored(Regression):
+    """Also logs a metric of which the largest is the best."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log_dict({"val_loss": self.loss(batch), "score": -self.loss(batch)})
+
+
+class Judge(Callback):
+    """Scores all averages in each validation, in a copy of the module."""
+
+    def __init__(self, callback):
+        self.callback, self.scores, self.weights, self.seen, self.logged = callback, [], [], [], []
+
+    def on_validation_end(self, this, pl_module):
+        if this.sanity_checking or this.state.fn != "fit":
+            return
+        scores = []
+        self.weights.append([clones(average.named_tensors()) for average in self.callback.averages])
+        for weights in self.weights[-1]:
+            module = Scored()
+            module.load_state_dict({**pl_module.state_dict(), **weights})
+            (alone,) = trainer().validate(module, loader(2), verbose=False)
+            scores.append(alone["val_loss"])
+        self.scores.append(scores)
+        self.seen.append(self.callback.averages.index(self.callback.selected))
+        self.logged.append({name: float(value) for name, value in this.callback_metrics.items()})
+
+
+def judged(callback, *others, epochs=4, module=None, **kwargs):
+    judge = Judge(callback)
+    module = module or seeded(Scored, lr=0.1)
+    this = fit(module, callback, judge, *others, max_epochs=epochs, **kwargs)
+    return this, module, judge
+
+
+def test_the_best_is_chosen_logged_saved_and_delivered(tmp_path, caplog):
+    callback = selecting()
+    saving = ModelCheckpoint(tmp_path, filename="{epoch}", monitor="val_loss", save_top_k=-1)
+    with caplog.at_level(logging.INFO):
+        _, module, judge = judged(callback, saving, enable_checkpointing=True)
+    winners = [scores.index(min(scores)) for scores in judge.scores]
+    assert set(winners) == {0, 1}  # else the test would show nothing
+    assert judge.seen == winners
+    for epoch, (scores, logged, winner) in enumerate(zip(judge.scores, judge.logged, winners, strict=True)):
+        assert [logged[f"val_loss/ema_{name}"] for name in NAMES] == pytest.approx(scores, rel=1e-5)
+        assert logged["val_loss"] == pytest.approx(min(scores), rel=1e-5)
+        file = torch.load(tmp_path / f"epoch={epoch}.ckpt", weights_only=True)
+        chosen = judge.weights[epoch][winner]
+        assert all(torch.equal(file["state_dict"][name], value) for name, value in chosen.items())
+    assert all(torch.equal(module.state_dict()[name], value) for name, value in judge.weights[-1][winners[-1]].items())
+    said = [record.message for record in caplog.records if "is chosen" in record.message]
+    assert len(said) == len(winners)
+    assert f"by val_loss the decay {NAMES[winners[-1]]} is chosen" in said[-1]
+
+
+def test_the_largest_is_the_best_where_that_is_asked_for():
+    _, _, smallest = judged(selecting())
+    _, _, largest = judged(selecting(select="score", mode="max"))
+    assert largest.seen == smallest.seen
+
+
+def test_a_choice_in_every_second_validation_holds_for_two():
+    _, _, judge = judged(selecting(evaluate_every=2))
+    _, _, always = judged(selecting())
+    assert judge.seen == [always.seen[0], always.seen[0], always.seen[2], always.seen[2]]
+    assert f"val_loss/ema_{NAMES[0]}" in judge.logged[0]
+    for scores, seen, logged in zip(judge.scores, judge.seen, judge.logged, strict=True):
+        assert logged["val_loss"] == pytest.approx(scores[seen], rel=1e-5)
+
+
+@pytest.mark.parametrize("evaluate_every", [1, 2])
+def test_a_resumed_run_chooses_what_the_whole_one_does(tmp_path, evaluate_every):
+    saving = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    whole = selecting(evaluate_every=evaluate_every)
+    _, module, all_of_it = judged(whole, saving, enable_checkpointing=True)
+    again, resumed = selecting(evaluate_every=evaluate_every), seeded(Scored, lr=0.1)
+    _, _, rest = judged(again, module=resumed, ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert rest.seen == all_of_it.seen[1:]
+    assert equal(module.state_dict(), resumed.state_dict())
+    for one, other in zip(whole.averages, again.averages, strict=True):
+        assert equal(one.named_tensors(), other.named_tensors())
+
+
+def test_training_is_what_it_is_without():
+    def live(callback):
+        module = seeded(Scored, dropout=0.5)
+        fit(module, callback, max_epochs=3)
+        return clones(callback.average.named_live())
+
+    assert equal(live(selecting()), live(EMACallback([Constant(0.2), Constant(0.8)])))
+
+
+def test_live_weights_are_logged_beside():
+    callback = selecting(evaluate="both")
+    this, _, _ = judged(callback, epochs=2)
+    assert {"val_loss", "val_loss_live", *(f"val_loss/ema_{name}" for name in NAMES)} <= this.callback_metrics.keys()
+
+
+def test_a_score_that_is_no_number_does_not_win():
+    assert best_of([math.nan, 0.5], "min", before=0) == 1
+    assert best_of([math.nan, 0.5], "max", before=0) == 1
+    assert best_of([math.nan, math.nan], "max", before=1) == 1
+
+
+def test_evaluations_after_the_fit_are_of_the_chosen_one():
+    this, module, judge = judged(selecting(after_fit="live"))
+    (after,) = this.validate(module, loader(2), verbose=False)
+    assert after["val_loss"] == pytest.approx(min(judge.scores[-1]), rel=1e-5)
+    twin = copy.deepcopy(module)
+    assert equal(twin.state_dict(), module.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"decay": 0.9}, r"select='val_loss' needs several decays to choose from, for instance decay=\[0.99, 0.999\]"),
+        ({"evaluate": "live"}, "select='val_loss' beside evaluate='live': leave evaluate out"),
+        ({"others": "evaluate"}, "select='val_loss' beside others='evaluate': leave others out"),
+        ({"buffers": "recalibrate"}, "beside buffers='recalibrate': write buffers='average'"),
+        ({"select": ""}, "select is ''; it must be the name of a metric"),
+        ({"select": None, "mode": "max"}, "mode and evaluate_every belong to select"),
+        ({"mode": "least"}, "mode"),
+        ({"evaluate_every": 0}, "evaluate_every"),
+    ],
+)
+def test_refusals(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        EMACallback(**{"decay": [0.9, 0.99], "select": "val_loss", **arguments})
+
+
+def test_a_metric_that_is_not_logged():
+    with pytest.raises(ValueError, match=r"select='val_los': the module logs no such metric .* It logs score, val_"):
+        judged(selecting(select="val_los"))
