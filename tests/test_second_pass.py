@@ -455,7 +455,7 @@ def test_other_strategies_are_refused_by_name(name):
     bases = (DDPStrategy,) if name == "DeepSpeedStrategy" else ()
     this._accelerator_connector.strategy = object.__new__(type(name, bases, {}))
     with pytest.raises(ValueError, match=f"does not work with {name}.*Use strategy='ddp', or evaluate='average'"):
-        check(this)
+        check(this, "evaluate='both'")
 
 
 def test_ddp_and_what_derives_from_it_are_accepted():
@@ -463,11 +463,11 @@ def test_ddp_and_what_derives_from_it_are_accepted():
 
     this = trainer()
     this._accelerator_connector.strategy = object.__new__(type("Mine", (DDPStrategy,), {}))
-    check(this)
+    check(this, "evaluate='both'")
 
 
 def test_a_version_of_lightning_whose_loop_is_another_is_refused():
     this = trainer()
     del this.validate_loop._combined_loader
     with pytest.raises(ValueError, match=r"whose evaluation loop has no _combined_loader. Use evaluate='average'"):
-        check(this)
+        check(this, "evaluate='both'")

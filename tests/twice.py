@@ -31,7 +31,7 @@ class Twice(Callback):
         self.passes = []
 
     def setup(self, trainer, pl_module, stage):
-        check(trainer)
+        check(trainer, "evaluate='both'")
 
     def on_validation_start(self, trainer, pl_module):
         self.begun = begin(trainer, pl_module)
