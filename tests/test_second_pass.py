@@ -454,7 +454,7 @@ def test_other_strategies_are_refused_by_name(name):
     this = trainer()
     bases = (DDPStrategy,) if name == "DeepSpeedStrategy" else ()
     this._accelerator_connector.strategy = object.__new__(type(name, bases, {}))
-    with pytest.raises(ValueError, match=f"does not work with {name}.*Use strategy='ddp', or evaluate='average'"):
+    with pytest.raises(ValueError, match=f"does not work with {name}.*Use strategy='ddp', or leave evaluate='both' out"):
         check(this, "evaluate='both'")
 
 
@@ -469,5 +469,5 @@ def test_ddp_and_what_derives_from_it_are_accepted():
 def test_a_version_of_lightning_whose_loop_is_another_is_refused():
     this = trainer()
     del this.validate_loop._combined_loader
-    with pytest.raises(ValueError, match=r"whose evaluation loop has no _combined_loader. Use evaluate='average'"):
+    with pytest.raises(ValueError, match=r"whose evaluation loop has no _combined_loader. Leave evaluate='both' out"):
         check(this, "evaluate='both'")
