@@ -14,7 +14,7 @@ from tabulate import tabulate
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_ema import Annealing, MeanTeacherConfig, MeanTeacherMixin, for_both
+from lightning_ema import Annealing, MeanTeacherConfig, MeanTeacherMixin, consistency, for_both
 
 
 class Classifier(MeanTeacherMixin, LightningModule):
@@ -51,6 +51,20 @@ class Classifier(MeanTeacherMixin, LightningModule):
         steps = self.trainer.estimated_stepping_batches
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: math.cos(7 * math.pi / 16 * step / steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Alignment(nn.Module):
+    """Targets for equally frequent classes: divided by the mean of the targets so far (arXiv 1911.09785)."""
+
+    def __init__(self, classes=10):
+        super().__init__()
+        self.register_buffer("wanted", torch.full((classes,), 1 / classes))
+        self.register_buffer("predicted", torch.full((classes,), 1 / classes))
+
+    @torch.no_grad()
+    def forward(self, probabilities):
+        self.predicted.lerp_(probabilities.mean(0), 0.01)
+        return consistency.align_distribution(probabilities, self.wanted, self.predicted)
 
 
 def train(model, data, steps, checkpoint=None, evaluations=1):
