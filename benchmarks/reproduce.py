@@ -103,7 +103,7 @@ def plot(errors, amounts, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--labels-per-class", type=int, nargs="+", default=[10, 3])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"))
     args = parser.parse_args()

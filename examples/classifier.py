@@ -21,6 +21,7 @@ class Classifier(MeanTeacherMixin, LightningModule):
     """The supervised baseline: the labeled digits alone. Its teacher is a plain average, which trains nothing."""
 
     mean_teacher = MeanTeacherConfig(decay=Annealing(0.99, gamma=1))
+    lr = 2e-3
 
     def __init__(self, mean_teacher: MeanTeacherConfig | None = None):
         super().__init__(mean_teacher=mean_teacher)
@@ -47,7 +48,7 @@ class Classifier(MeanTeacherMixin, LightningModule):
             self.curves[name].append(round(100 * (1 - accuracy), 2))
 
     def configure_optimizers(self):
-        optimizer = torch.optim.Adam(self.student.parameters(), lr=2e-3)
+        optimizer = torch.optim.Adam(self.student.parameters(), lr=self.lr)
         steps = self.trainer.estimated_stepping_batches
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: math.cos(7 * math.pi / 16 * step / steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
