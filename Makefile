@@ -21,7 +21,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 demo: setup  ## train on 3,000 noisy digits and compare live and averaged weights (about 2 minutes)
 	@$(BIN)/python examples/01_quickstart.py
 
-reproduce: setup  ## train all semi-supervised methods with few labels and print their errors (30 runs)
+reproduce: setup  ## train all semi-supervised methods with few labels and print their errors (70 runs)
 	@$(BIN)/python benchmarks/reproduce.py
 
 test: setup  ## run the tests

@@ -21,8 +21,10 @@ METHODS = {
     "supervised": "supervised",
     "pi": "Pi model",
     "mean-teacher": "Mean Teacher",
+    "mean-teacher-aligned": "Mean Teacher, aligned",
     "fixmatch-student": "FixMatch, pseudo-labels of the student",
     "fixmatch-teacher": "FixMatch, pseudo-labels of the teacher",
+    "fixmatch-teacher-aligned": "FixMatch, pseudo-labels of the teacher, aligned",
 }
 WEIGHTS = {"student": "last iterate", "teacher": "average"}
 
@@ -36,12 +38,13 @@ def trained(method, labels, seed, steps):
 
     prepared()
     seed_everything(seed, verbose=False)
-    data = Digits(labels, seed, labeled_view="weak" if method.startswith("fixmatch") else "strong")
-    if method.startswith("fixmatch"):
-        model = import_module("03_fixmatch").FixMatch(targets_from=method.removeprefix("fixmatch-"))
+    name, align = method.removesuffix("-aligned"), method.endswith("-aligned")
+    if name.startswith("fixmatch-"):
+        data = Digits(labels, seed, labeled_view="weak")
+        model = import_module("03_fixmatch").FixMatch(name.removeprefix("fixmatch-"), align=align)
     else:
-        example = import_module("02_mean_teacher")
-        model = example.METHODS[method](example.settings(steps))
+        data = Digits(labels, seed)
+        model = import_module("02_mean_teacher").make(name, steps, align)
     curves = train(model, data, steps)
     return {name: curves[name][-1] for name in WEIGHTS}
 
@@ -79,7 +82,7 @@ def table(errors, amounts):
 
 
 def plot(errors, amounts, path):
-    figure = Figure((9, 3.4), layout="constrained")
+    figure = Figure((9, 4), layout="constrained")
     several = figure.subplots(1, len(amounts), sharey=True, squeeze=False)[0]
     for axes, labels in zip(several, amounts, strict=True):
         for weights, colour, shift in (("student", "tab:orange", 0.15), ("teacher", "tab:blue", -0.15)):
@@ -100,7 +103,7 @@ def plot(errors, amounts, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--labels-per-class", type=int, nargs="+", default=[10, 3])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"))
     args = parser.parse_args()

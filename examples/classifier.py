@@ -14,13 +14,14 @@ from tabulate import tabulate
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_ema import Annealing, MeanTeacherConfig, MeanTeacherMixin, for_both
+from lightning_ema import Annealing, MeanTeacherConfig, MeanTeacherMixin, consistency, for_both
 
 
 class Classifier(MeanTeacherMixin, LightningModule):
     """The supervised baseline: the labeled digits alone. Its teacher is a plain average, which trains nothing."""
 
     mean_teacher = MeanTeacherConfig(decay=Annealing(0.99, gamma=1))
+    lr = 2e-3
 
     def __init__(self, mean_teacher: MeanTeacherConfig | None = None):
         super().__init__(mean_teacher=mean_teacher)
@@ -47,10 +48,24 @@ class Classifier(MeanTeacherMixin, LightningModule):
             self.curves[name].append(round(100 * (1 - accuracy), 2))
 
     def configure_optimizers(self):
-        optimizer = torch.optim.Adam(self.student.parameters(), lr=2e-3)
+        optimizer = torch.optim.Adam(self.student.parameters(), lr=self.lr)
         steps = self.trainer.estimated_stepping_batches
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: math.cos(7 * math.pi / 16 * step / steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Alignment(nn.Module):
+    """Targets for equally frequent classes: divided by the mean of the targets so far (arXiv 1911.09785)."""
+
+    def __init__(self, classes=10):
+        super().__init__()
+        self.register_buffer("wanted", torch.full((classes,), 1 / classes))
+        self.register_buffer("predicted", torch.full((classes,), 1 / classes))
+
+    @torch.no_grad()
+    def forward(self, probabilities):
+        self.predicted.lerp_(probabilities.mean(0), 0.01)
+        return consistency.align_distribution(probabilities, self.wanted, self.predicted)
 
 
 def train(model, data, steps, checkpoint=None, evaluations=1):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
+from lightning_ema.selection import without_wrappers
 from lightning_ema.teacher_callback import TeacherCallback
 from lightning_ema.teacher_config import MeanTeacherConfig
 
@@ -50,10 +52,12 @@ class MeanTeacherMixin(_Base):
                 return torch.optim.Adam(self.student.parameters())
 
     Assigning ``self.student``, in ``__init__`` or ``configure_model``, makes ``self.teacher`` as a copy of it; where a
-    copy is not possible, assign a ``self.teacher`` of your own first. Both are plain submodules with plain keys in the
-    ``state_dict``. The teacher is set to the student once, when a fresh run starts, and follows it after each step.
+    copy is not possible, assign a ``self.teacher`` of your own first, built like the student. Both are plain submodules
+    with plain keys in the ``state_dict``. The teacher is set to the student once, when a fresh run starts, and follows
+    it after each step, also where a network was replaced in training.
 
-    Files without ``teacher.`` keys load the student into both; files of the bare network load into both, too.
+    Files without ``teacher.`` keys load the student into both; files of the bare network load into both, too. It makes
+    no difference whether a network was or is wrapped by ``torch.compile``.
 
     Attributes:
         mean_teacher: the settings; an attribute of the class, an argument of the constructor, or assigned before
@@ -85,6 +89,8 @@ class MeanTeacherMixin(_Base):
         self.teacher_callback = TeacherCallback()
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("student", "teacher") and isinstance(value, nn.Module):
+            _check_built(name, value)
         if name == "student" and isinstance(value, nn.Module) and "teacher" in self._modules:
             _check_apart(value, self.get_submodule("teacher"))
         super().__setattr__(name, value)
@@ -208,6 +214,15 @@ def for_both(**metrics: Metric) -> nn.ModuleDict:
     )
 
 
+def _check_built(role: str, network: nn.Module) -> None:
+    lazy = [name for name, tensor in network.state_dict(keep_vars=True).items() if is_lazy(tensor)]
+    if lazy:
+        raise ValueError(
+            f"the {role} has lazy layers, whose {lazy[0]} has no shape yet. Run the network once on a batch of zeros "
+            f"before assigning it: network(torch.zeros(...)); self.{role} = network."
+        )
+
+
 def _check_apart(student: nn.Module | None, teacher: nn.Module) -> None:
     of_student = {} if student is None else {id(p): name for name, p in student.named_parameters()}
     shared = [of_student[id(p)] for p in teacher.parameters() if id(p) in of_student]
@@ -228,17 +243,22 @@ def _copied(student: nn.Module) -> nn.Module:
         ) from error
 
 
-def _filled(state_dict: Mapping[str, Any], own: Any) -> Mapping[str, Any]:
-    """The ``state_dict`` with what is missing of the teacher, or of both, filled in from what there is."""
-    if any(key.startswith(_TEACHER) for key in state_dict):
-        return state_dict
+def _filled(state_dict: Mapping[str, Any], own: Iterable[str]) -> Mapping[str, Any]:
+    """The ``state_dict`` with what is missing of the teacher, or of both, filled in from what there is.
+
+    Entries of the two networks get the wrapper prefixes (``_orig_mod.``) that their names have in the module.
+    """
+    names = {without_wrappers(key): key for key in own if key.startswith((_STUDENT, _TEACHER))}
+    has_student, has_teacher = (any(key.startswith(prefix) for key in state_dict) for prefix in (_STUDENT, _TEACHER))
     filled: OrderedDict[str, Tensor] = OrderedDict()
-    bare = not any(key.startswith(_STUDENT) for key in state_dict)
     for key, value in state_dict.items():
-        name = key if bare else key.removeprefix(_STUDENT)
-        of_student = f"{_STUDENT}{name}" in own and (bare or name != key)
-        for new in (f"{_STUDENT}{name}", f"{_TEACHER}{name}") if of_student else (key,):
-            filled[new] = value
+        name = without_wrappers(key)
+        if has_teacher or not (name.startswith(_STUDENT) if has_student else f"{_STUDENT}{name}" in names):
+            filled[names.get(name, key)] = value
+            continue
+        name = name.removeprefix(_STUDENT) if has_student else name
+        for prefix in (_STUDENT, _TEACHER):
+            filled[names.get(f"{prefix}{name}", f"{prefix}{key.removeprefix(_STUDENT)}")] = value
     if hasattr(state_dict, "_metadata"):
         filled._metadata = state_dict._metadata  # type: ignore[attr-defined]
     return filled

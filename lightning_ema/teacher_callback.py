@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_ema import trainer_facts
 from lightning_ema.advice import other_settings
 from lightning_ema.average import WeightAverage
 from lightning_ema.checkpoint import changes
 from lightning_ema.recalibration import statistics_of
-from lightning_ema.selection import Survey, without_wrappers
+from lightning_ema.schedules import Plan
+from lightning_ema.selection import Survey
 from lightning_ema.steps import StepCounter
 from lightning_ema.teacher_config import MeanTeacherConfig
+from lightning_ema.teacher_networks import Watched, check_alike, check_width, copy_buffers, copy_frozen, networks
 
 _NOT_STARTED = sys.maxsize
 _OF_TENSORS = ("average", "others", "origin")
@@ -35,8 +40,11 @@ class TeacherCallback(Callback):
         self._loaded: dict[str, Any] | None = None
         self._steps = StepCounter()
         self._steps_before = 0
-        self._buffers = "average"
+        self._plan: Plan | None = None
+        self._config = MeanTeacherConfig()
+        self._module: LightningModule | None = None
         self._teacher = nn.Module()
+        self._watched = Watched(self._teacher)
         self.known = False
         """Whether a trainer had this callback at some time. A tuner sets all callbacks aside for a while."""
 
@@ -65,7 +73,6 @@ class TeacherCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _check_optimizers(trainer, pl_module)
         student, teacher = networks(pl_module)
-        teacher.requires_grad_(False)
         config: MeanTeacherConfig = pl_module.mean_teacher  # type: ignore[assignment]
         if config.buffers == "ignore" and config.teacher_mode == "eval" and statistics_of(teacher):
             rank_zero_warn(
@@ -73,21 +80,21 @@ class TeacherCallback(Callback):
                 "what they are now, while its weights move on. Write buffers='average', or teacher_mode='train'."
             )
         _check_recalibration(trainer, teacher)
-        self._teacher, self._buffers = teacher, config.buffers
+        self._module, self._config, self._plan = pl_module, config, None
         if trainer.ckpt_path is None:
             self._loaded = None  # of a file that was only tested or validated
         begins = trainer_facts.begins(trainer) and self._loaded is None
         if not begins and self._loaded is None and self._average is not None and self._average.module is student:
             self._loaded = self.state_dict()  # the teacher, its tensors or the settings may have been replaced
-        self._average = _average(student, teacher, config)
+        average = self._pair(pl_module)
         if begins:
-            self._average.start_at(0)
+            average.start_at(0)
             with torch.no_grad():
-                _copy_frozen(student, teacher, self._average)
-            self._copy_buffers()
+                copy_frozen(student, teacher, average)
+            self._copy_buffers(average)
         else:
-            self._go_on(self._average)
-        self._steps.hold(self._average.owns)
+            self._go_on(average)
+        self._steps.hold(self._owns)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         average = self._require()
@@ -100,14 +107,17 @@ class TeacherCallback(Callback):
             )
         if trainer_facts.begins(trainer):
             self._steps_before = average.num_steps
-        average.bind(trainer_facts.plan(trainer).after(-self._steps_before).after(average.start_step))
+        self._plan = trainer_facts.plan(trainer).after(-self._steps_before).after(average.start_step)
+        average.bind(self._plan)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _check_optimizers(trainer, pl_module)  # again: what is unfrozen in training is added to an optimizer
         self._teacher.requires_grad_(False)  # again: the whole module may have been unfrozen
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._require().refresh()
+        average = self._keep_up(pl_module)
+        with self._in_words_of_teacher_and_student(average):
+            average.refresh()
         self._steps.open()
 
     def on_train_batch_end(
@@ -126,7 +136,7 @@ class TeacherCallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         try:
             self.absorb()
-        except RuntimeError as error:  # the exception under way matters more
+        except (RuntimeError, ValueError) as error:  # the exception under way matters more
             rank_zero_warn(str(error))
         finally:
             self._steps.release()
@@ -137,16 +147,57 @@ class TeacherCallback(Callback):
     def absorb(self) -> bool:
         """Lets the teacher follow the steps taken since the last time; gives whether there were any."""
         steps = self._steps.take()
-        if self._average is None or not steps:
+        if self._average is None or self._module is None or not steps:
             return False
-        if self._average.step(steps):
-            self._copy_buffers()
+        average = self._keep_up(self._module)
+        with self._in_words_of_teacher_and_student(average):
+            if average.step(steps):
+                self._copy_buffers(average)
         return True
 
-    def _copy_buffers(self) -> None:
-        if self._average is not None and self._buffers != "ignore":
+    @contextmanager
+    def _in_words_of_teacher_and_student(self, average: WeightAverage) -> Iterator[None]:
+        """Where the engine fails because the two are no longer built alike, says which of their tensors differ."""
+        try:
+            yield
+        except (RuntimeError, ValueError):
+            check_alike(average.module, self._teacher, self._buffers_follow)
+            raise
+
+    def _keep_up(self, pl_module: LightningModule) -> WeightAverage:
+        """The engine for the networks as they are now: either one, or a part of the teacher, may have been replaced."""
+        average = self._require()
+        student, teacher = networks(pl_module)
+        if student is average.module and teacher is self._teacher and self._watched.holds():
+            return average
+        self._loaded = self.state_dict()
+        average = self._pair(pl_module)
+        self._go_on(average)
+        if self._plan is not None:
+            average.bind(self._plan)
+        _check_trained(pl_module, average)
+        return average
+
+    def _pair(self, pl_module: LightningModule) -> WeightAverage:
+        student, teacher = networks(pl_module)
+        check_width(teacher)
+        check_alike(student, teacher, self._buffers_follow)
+        teacher.requires_grad_(False)
+        self._average = _average(student, teacher, self._config)
+        self._teacher, self._watched = teacher, Watched(teacher)
+        return self._average
+
+    @property
+    def _buffers_follow(self) -> bool:
+        return self._config.buffers != "ignore"
+
+    def _owns(self, optimizer: Optimizer) -> bool:
+        return self._average is not None and self._average.owns(optimizer)
+
+    def _copy_buffers(self, average: WeightAverage) -> None:
+        if self._buffers_follow:
             with torch.no_grad():
-                _copy_buffers(self._average.module, self._teacher, self._average)
+                copy_buffers(average.module, self._teacher, average)
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -157,7 +208,9 @@ class TeacherCallback(Callback):
         self.absorb()
         if self._average is None:
             return {} if self._loaded is None else self._loaded
-        state = {name: value for name, value in self._average.state_dict().items() if name not in _OF_TENSORS}
+        with self._in_words_of_teacher_and_student(self._average):
+            everything = self._average.state_dict()
+        state = {name: value for name, value in everything.items() if name not in _OF_TENSORS}
         names = [name for name, _ in self._average.named_tensors()]
         return {**state, "names": names, "steps_before": self._steps_before}
 
@@ -176,27 +229,13 @@ class TeacherCallback(Callback):
             rank_zero_warn(f"MeanTeacher: {other_settings(changed)}")
         self._steps_before = state.get("steps_before", 0)
         tensors = Survey(self._teacher).tensors
-        average.load_state_dict({**state, "average": {name: tensors[name] for name in state["names"]}})
+        stored = {name: tensors[name] for name in state["names"] if name in tensors}
+        average.load_state_dict({**state, "average": stored})
 
     def _require(self) -> WeightAverage:
         if self._average is None:
             raise RuntimeError("the teacher is not kept yet: its callback's on_fit_start did not run.")
         return self._average
-
-
-def networks(pl_module: LightningModule) -> tuple[nn.Module, nn.Module]:
-    """The student and the teacher of a module.
-
-    Raises:
-        ValueError: there is none yet.
-    """
-    student, teacher = getattr(pl_module, "student", None), getattr(pl_module, "teacher", None)
-    if not isinstance(student, nn.Module) or not isinstance(teacher, nn.Module):
-        raise ValueError(
-            f"{type(pl_module).__name__} has no student: assign the network to train, self.student = ..., in __init__ "
-            "or configure_model. The teacher is made from it."
-        )
-    return student, teacher
 
 
 def _check_optimizers(trainer: Trainer, pl_module: LightningModule) -> None:
@@ -212,6 +251,16 @@ def _check_optimizers(trainer: Trainer, pl_module: LightningModule) -> None:
         )
 
 
+def _check_trained(pl_module: LightningModule, average: WeightAverage) -> None:
+    trainer = trainer_facts.trainer_of(pl_module)
+    if trainer is not None and trainer.optimizers and not any(map(average.owns, trainer.optimizers)):
+        raise ValueError(
+            "the student or its parameters were replaced in training, and no optimizer holds the new ones: neither it "
+            "nor the teacher would move. Replace them before fit, or copy the values: "
+            "self.student.load_state_dict(...) without assign=True."
+        )
+
+
 def _check_recalibration(trainer: Trainer, teacher: nn.Module) -> None:
     recalibrating = any(getattr(callback, "recalibrate_batches", 0) for callback in trainer_facts.callbacks(trainer))
     if recalibrating and statistics_of(teacher):
@@ -222,14 +271,6 @@ def _check_recalibration(trainer: Trainer, teacher: nn.Module) -> None:
 
 
 def _average(student: nn.Module, teacher: nn.Module, config: MeanTeacherConfig) -> WeightAverage:
-    narrow = [
-        name for name, p in teacher.named_parameters() if p.is_floating_point() and torch.finfo(p.dtype).bits < 32
-    ]
-    if narrow:
-        raise ValueError(
-            f"the teacher's {narrow[0]} has 16 bits, in which an average stops moving. Train with "
-            "precision='bf16-mixed' or '16-mixed' instead, which keep the weights in float32."
-        )
     return WeightAverage(
         student,
         config.schedule,
@@ -239,20 +280,3 @@ def _average(student: nn.Module, teacher: nn.Module, config: MeanTeacherConfig) 
         buffers="average" if config.buffers == "average" else "copy",
         into=teacher,
     )
-
-
-def _copy_frozen(student: nn.Module, teacher: nn.Module, average: WeightAverage) -> None:
-    held = {name for name, _ in average.named_tensors()}
-    tensors = Survey(teacher).tensors
-    for name, tensor in Survey(student).tensors.items():
-        if name not in held and isinstance(tensor, nn.Parameter):
-            tensors[name].copy_(tensor)
-
-
-def _copy_buffers(student: nn.Module, teacher: nn.Module, average: WeightAverage) -> None:
-    """Copies the buffers that are not averaged."""
-    held = {name for name, _ in average.named_tensors()}
-    of_teacher = {without_wrappers(name): buffer for name, buffer in teacher.named_buffers()}
-    for name, buffer in student.named_buffers():
-        if (name := without_wrappers(name)) not in held:
-            of_teacher[name].copy_(buffer)

@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 SHORT = {
     "01_quickstart.py": ["--seeds", "1", "--epochs", "1"],
-    "02_mean_teacher.py": ["--seeds", "1", "--steps", "10"],
-    "03_fixmatch.py": ["--seeds", "1", "--steps", "10", "--targets-from", "student"],
+    "02_mean_teacher.py": ["--seeds", "1", "--steps", "10", "--align"],
+    "03_fixmatch.py": ["--seeds", "1", "--steps", "10", "--targets-from", "student", "--align"],
     "04_byol.py": ["--steps", "3"],
 }
 

@@ -36,6 +36,7 @@ LAYERS = [
         "training_batches",
         "evaluation_loop",
         "teacher_config",
+        "teacher_networks",
     },
     {
         "custody",

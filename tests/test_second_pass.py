@@ -454,7 +454,9 @@ def test_other_strategies_are_refused_by_name(name):
     this = trainer()
     bases = (DDPStrategy,) if name == "DeepSpeedStrategy" else ()
     this._accelerator_connector.strategy = object.__new__(type(name, bases, {}))
-    with pytest.raises(ValueError, match=f"does not work with {name}.*Use strategy='ddp', or leave evaluate='both' out"):
+    with pytest.raises(
+        ValueError, match=f"does not work with {name}.*Use strategy='ddp', or leave evaluate='both' out"
+    ):
         check(this, "evaluate='both'")
 
 
