@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--trust", action="store_true", help="let the file run code while it is read")
     export.add_argument("out", help="a .safetensors or .pt file")
     export.add_argument("--name", default="ema", help="of the callback (default: ema)")
-    export.add_argument("--which", type=int, default=0, help="place among the averages of several decays (default: 0)")
+    export.add_argument("--which", type=int, help="place among several averages (default: the one that was evaluated)")
     synthesize_command.add_to(commands)
     plot_command.add_to(commands)
     given = parser.parse_args(arguments)

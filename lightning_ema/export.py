@@ -19,7 +19,7 @@ Checkpoint = str | Path | Mapping[str, Any]
 
 
 def export_average(
-    checkpoint: Checkpoint, path: str | Path, *, name: str = "ema", which: int = 0, trust: bool = False
+    checkpoint: Checkpoint, path: str | Path, *, name: str = "ema", which: int | None = None, trust: bool = False
 ) -> Path:
     """Writes the averaged weights of a checkpoint alone, under the model's usual keys.
 
@@ -27,7 +27,8 @@ def export_average(
         checkpoint: a file written by a Trainer with an ``EMACallback``, or its content.
         path: where to; ``.safetensors`` or ``.pt``. Without a suffix, safetensors where it is installed, else ``.pt``.
         name: of the callback whose average is meant.
-        which: the place of the average among several, as they were given in ``decay=[...]``; 0 is the first.
+        which: the place of the average among several, as they were given in ``decay=[...]``; 0 is the first. None: the
+            one that evaluations were given, which is the first unless ``select`` chose another.
         trust: allow the file to run code while it is read, as files with custom classes in their hyper-parameters
             need. Only for files from people you trust.
 
@@ -47,6 +48,7 @@ def export_average(
         )
     if entry["num_updates"] == 0:
         raise ValueError(f"the average {name!r} has not been updated yet (step {entry['num_steps']}).")
+    which = entry.get("chosen", 0) if which is None else which
     if not 0 <= which <= len(entry.get("others", ())):
         raise ValueError(
             f"which is {which}; the checkpoint holds {1 + len(entry.get('others', ()))} averages under {name!r}, of "
@@ -145,6 +147,8 @@ def _entry_lines(content: Mapping[str, Any], entry: Mapping[str, Any], lives: Ma
         lines.append(f"BatchNorm statistics estimated after update {entry['recalibrated_at']}")
     if "decay" in entry:
         lines.append(f"decay in force: {entry['decay']:.6g}, a horizon of {horizon(entry['decay']):,.0f} steps")
+    if entry.get("chosen"):
+        lines.append(f"state_dict holds the average of place {entry['chosen']}, chosen by a metric")
     if entry.get("others"):
         lines.append(f"further averages stored here: {len(entry['others'])} ({_size(*entry['others'])})")
     averages = {without_wrappers(k): v for k, v in averaged_state_dict(content, entry).items()}

@@ -10,7 +10,7 @@ from helpers import EMACallback, Regression, clones, equal, fit, loader, seeded,
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_ema import Constant
+from lightning_ema import Constant, export_average
 from lightning_ema.choice import best_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -70,6 +70,10 @@ def test_the_best_is_chosen_logged_saved_and_delivered(tmp_path, caplog):
         file = torch.load(tmp_path / f"epoch={epoch}.ckpt", weights_only=True)
         chosen = judge.weights[epoch][winner]
         assert all(torch.equal(file["state_dict"][name], value) for name, value in chosen.items())
+        for which, place in ((None, winner), (0, 0), (1, 1)):
+            weights = torch.load(export_average(file, tmp_path / "weights.pt", which=which))
+            expected = judge.weights[epoch][place]
+            assert all(torch.equal(weights[name], value) for name, value in expected.items())
     assert all(torch.equal(module.state_dict()[name], value) for name, value in judge.weights[-1][winners[-1]].items())
     said = [record.message for record in caplog.records if "is chosen" in record.message]
     assert len(said) == len(winners)
