@@ -82,10 +82,6 @@ def read(entry: dict[str, Any], folder: Path, model: dict[str, Tensor]) -> Slot:
     return slot
 
 
-def _empty(dtypes: dict[str, str], model: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: empty_like(model[name], getattr(torch, of), model[name].device) for name, of in dtypes.items()}
-
-
 def check(entry: dict[str, Any], folder: Path) -> None:
     """Refuse a folder in which the shards of several saves lie beside one another.
 

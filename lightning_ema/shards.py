@@ -39,16 +39,12 @@ def version(tensor: Tensor) -> int:
 
 def empty_like(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor that does not require grad, and is cut like the given one."""
-    own = torch.empty_like(local(tensor), dtype=dtype, device=device, requires_grad=False)
-    if not isinstance(tensor, DTensor):
-        return own
-    if own.device.type != tensor.device_mesh.device_type:
+    if isinstance(tensor, DTensor) and device.type != tensor.device.type:
         raise ValueError(
-            f"device={str(device)!r} for weights that are sharded over {tensor.device_mesh.device_type!r} devices: "
-            "their average lies beside them. Leave device out."
+            f"device={str(device)!r} for weights whose shards lie on {tensor.device.type!r}: their average lies beside "
+            "them. Leave device out."
         )
-    mesh, cut = tensor.device_mesh, tensor.placements
-    return DTensor.from_local(own, mesh, cut, run_check=False, shape=tensor.shape, stride=tensor.stride())
+    return torch.empty_like(tensor, dtype=dtype, device=device, requires_grad=False)
 
 
 def write(target: Tensor, value: Tensor) -> None:

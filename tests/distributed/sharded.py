@@ -20,6 +20,11 @@ except ImportError:  # before torch 2.6
     from torch.distributed._composable.fsdp import fully_shard
 
 
+def network():
+    seed_everything(11, verbose=False)
+    return nn.Sequential(nn.Linear(4, 7), nn.LayerNorm(7), nn.Tanh(), nn.Linear(7, 1))
+
+
 class Sharded(LightningModule):
     """The LayerNorm and ``scale`` belong to the outermost group; of the last layer's one row a process has nothing."""
 
@@ -30,8 +35,7 @@ class Sharded(LightningModule):
     def configure_model(self):
         if hasattr(self, "net"):
             return
-        seed_everything(11, verbose=False)
-        self.net = nn.Sequential(nn.Linear(4, 7), nn.LayerNorm(7), nn.Tanh(), nn.Linear(7, 1))
+        self.net = network()
         self.scale = nn.Parameter(torch.ones(1))
         if self.device_mesh is not None:
             self.shard(self.device_mesh["data_parallel"])
