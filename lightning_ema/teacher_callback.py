@@ -16,6 +16,7 @@ from lightning_ema.average import WeightAverage
 from lightning_ema.checkpoint import changes
 from lightning_ema.recalibration import statistics_of
 from lightning_ema.selection import Survey, without_wrappers
+from lightning_ema.shards import same_cut
 from lightning_ema.steps import StepCounter
 from lightning_ema.teacher_config import MeanTeacherConfig
 
@@ -66,6 +67,7 @@ class TeacherCallback(Callback):
         _check_optimizers(trainer, pl_module)
         student, teacher = networks(pl_module)
         teacher.requires_grad_(False)
+        _check_shards(student, teacher)
         config: MeanTeacherConfig = pl_module.mean_teacher  # type: ignore[assignment]
         if config.buffers == "ignore" and config.teacher_mode == "eval" and statistics_of(teacher):
             rank_zero_warn(
@@ -210,6 +212,17 @@ def _check_optimizers(trainer: Trainer, pl_module: LightningModule) -> None:
             f"{', ...' if len(found) > 4 else ''}. The teacher only follows. In configure_optimizers write "
             "self.student.parameters() instead of self.parameters()."
         )
+
+
+def _check_shards(student: nn.Module, teacher: nn.Module) -> None:
+    of_teacher = Survey(teacher).tensors
+    for name, tensor in Survey(student).tensors.items():
+        if name in of_teacher and not same_cut(tensor, of_teacher[name]):
+            raise ValueError(
+                f"student.{name} and teacher.{name} are not sharded alike. In configure_model apply the same "
+                "fully_shard and parallelize_module calls to self.student and to self.teacher, after the student was "
+                "assigned."
+            )
 
 
 def _check_recalibration(trainer: Trainer, teacher: nn.Module) -> None:
