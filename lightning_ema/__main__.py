@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
         run=lambda given: export_average(given.file, given.out, name=given.name, which=given.which, trust=given.trust)
     )
     for command in (inspect, export):
-        command.add_argument("file", help="a checkpoint")
+        command.add_argument("file", help="a checkpoint: a file, or a folder of shards")
         command.add_argument("--trust", action="store_true", help="let the file run code while it is read")
     export.add_argument("out", help="a .safetensors or .pt file")
     export.add_argument("--name", default="ema", help="of the callback (default: ema)")

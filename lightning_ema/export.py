@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_ema import sharded_checkpoint
 from lightning_ema.advice import horizon
 from lightning_ema.checkpoint import STATE_KEY_PREFIX, find, state_key
 from lightning_ema.kernels import corrected, relative_distance
@@ -24,7 +25,8 @@ def export_average(
     """Writes the averaged weights of a checkpoint alone, under the model's usual keys.
 
     Args:
-        checkpoint: a file written by a Trainer with an ``EMACallback``, or its content.
+        checkpoint: a file written by a Trainer with an ``EMACallback``, or its content; or a folder of shards, of which
+            the weights must fit into memory.
         path: where to; ``.safetensors`` or ``.pt``. Without a suffix, safetensors where it is installed, else ``.pt``.
         name: of the callback whose average is meant.
         which: the place of the average among several, as they were given in ``decay=[...]``; 0 is the first. None: the
@@ -125,10 +127,23 @@ def describe(checkpoint: Checkpoint, trust: bool = False) -> str:
 
 
 def read(checkpoint: Checkpoint, trust: bool) -> Mapping[str, Any]:
-    """The content of a file, on the CPU; a content as it is."""
+    """The content of a file or a folder of shards, whole and on the CPU; a content as it is.
+
+    Raises:
+        ValueError: a folder is no complete checkpoint, or holds the shards of several saves.
+    """
     if isinstance(checkpoint, Mapping):
         return checkpoint
-    content: Mapping[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=not trust)
+    path = Path(checkpoint)
+    content: dict[str, Any] = (
+        sharded_checkpoint.whole(path, trust)
+        if path.is_dir()
+        else torch.load(path, map_location="cpu", weights_only=not trust)
+    )
+    for entry in content.get("callbacks", {}).values():
+        slot = sharded_checkpoint.in_slot(entry, content) if isinstance(entry, dict) and "sharded" in entry else None
+        if slot is not None:
+            sharded_checkpoint.put_back(entry, slot)
     return content
 
 

@@ -49,7 +49,8 @@ class Pairing:
         self._module = module
         self._settings = settings
         self._shard = shard
-        self._targets = None if into is None else {n: c.tensor for c in Survey(into).candidates for n in c.names}
+        self._into = None if into is None else Survey(into)
+        self._targets = None if self._into is None else {n: c.tensor for c in self._into.candidates for n in c.names}
         self._keeps_origin = any(schedule.corrects for schedule in settings.decays)
         self._offload = Offload()
         self._pairs: dict[str, Pair] = {}
@@ -112,8 +113,10 @@ class Pairing:
         return self._lives
 
     def settle(self) -> None:
-        """Makes the module show the tensors that are paired, where a forward pass left others in their place."""
+        """Makes the modules show the tensors that are paired, where a forward pass left others in their place."""
         self._survey.settle()
+        if self._into is not None:
+            self._into.settle()  # its next forward pass would go on with copies from before the update
 
     def refresh_if_stale(self, trust_structure_once: bool = False) -> None:
         """Pairs again if a tensor was unfrozen, added, replaced, moved or cast since the last time.
@@ -203,6 +206,7 @@ class Pairing:
     def _refresh(self) -> None:
         self._offload.finish()
         self._survey = Survey(self._module)
+        self.settle()
         before, taken = self._pairs, {}
         for candidate in self._survey.candidates:
             if candidate.name in before or self._takes(candidate):
