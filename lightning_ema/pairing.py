@@ -39,13 +39,11 @@ class Pairing:
     Attributes:
         started: whether averages are stored.
         identities: ``id`` of every averaged live tensor.
-        groups: the processes among which some of them are cut.
     """
 
     def __init__(self, module: nn.Module, settings: Settings, into: nn.Module | None, shard: bool) -> None:
         self.started = False
         self.identities: frozenset[int] = frozenset()
-        self.groups: Groups = ()
         self._module = module
         self._settings = settings
         self._shard = shard
@@ -76,6 +74,11 @@ class Pairing:
         """How often training had to wait for an update in host memory."""
         return self._offload.waits
 
+    @property
+    def groups(self) -> Groups:
+        """The processes among which some of the averages are cut. Not kept: they cannot be copied or pickled."""
+        return tuple(dict.fromkeys(group for pair in self.pairs() for group in pair.groups))
+
     def start(self) -> None:
         """Sets every average to the live tensor."""
         self.started = True
@@ -89,7 +92,7 @@ class Pairing:
         """Gives the averages up, as before the start."""
         self.started = False
         for pair in self.pairs():
-            pair.averages, pair.origin = [], None
+            pair.averages, pair.origin, pair.share = [], None, None
         self._arrange()
 
     def absorb(self, lives: list[Tensor], rates: Sequence[float]) -> None:
@@ -261,6 +264,8 @@ class Pairing:
             and can_be_shared(candidate.tensor.detach())
             and (name not in before or not before[name].averages or before[name].shape != candidate.tensor.shape)
         ]
+        if not new:
+            return {}  # without asking a process group, which may be gone after a run
         return {c.name: share for c, share in zip(new, shares([c.tensor for c in new]), strict=True)}
 
     def _pair(self, candidate: Candidate, known: Pair | None, new_share: Share | None) -> Pair:
@@ -326,7 +331,6 @@ class Pairing:
         self._ordered = ordered
         self._absorbed = [pair for pair in ordered if pair.share is None or not pair.share.empty]
         self._expect()
-        self.groups = tuple(dict.fromkeys(group for pair in ordered for group in pair.groups))
         self._groups: list[_Group] = []
         for pair in ordered:
             unshared = holders[_storage(pair.candidate)] == 1 and not pair.candidate.aliases

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def pack(averages: Sequence[WeightAverage]) -> dict[str, Any]:
     """
     first = averages[0]
     tensors = {key: value for key, value in first.module.state_dict().items() if isinstance(value, Tensor)}
-    entries = _entries(first.module, dict(first.named_tensors()), tensors)
+    entries = _entries(first.module, {name for name, _ in first.named_live()}, tensors)
     return {
         "format": FORMAT,
         "run": first.history.run,
@@ -162,7 +162,7 @@ def read(path: Path) -> Snapshot:
         raise ValueError(f"{path} is damaged ({error!r}). Leave it out or delete it.") from error
 
 
-def _entries(module: nn.Module, averages: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[Entry]:
+def _entries(module: nn.Module, averages: Set[str], tensors: Mapping[str, Tensor]) -> list[Entry]:
     """Finds what is averaged by its memory, which tells it also where a hook renamed it, and else by its name."""
     survey = Survey(module)
     averaged = [candidate for candidate in survey.candidates if candidate.name in averages]
@@ -174,7 +174,7 @@ def _entries(module: nn.Module, averages: Mapping[str, Tensor], tensors: Mapping
         entries.append(Entry(key, name, tensor.dtype))
     floats = [entry.key for entry in entries if not entry.name and entry.dtype.is_floating_point]
     unknown = [key for key in floats if without_wrappers(key) not in survey.tensors]
-    lost = averages.keys() - {entry.name for entry in entries}
+    lost = averages - {entry.name for entry in entries}
     if lost and unknown:
         raise ValueError(
             f"the state_dict of {type(module).__name__} has no entry for {', '.join(sorted(lost))}, and others that "
