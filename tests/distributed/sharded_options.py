@@ -83,7 +83,10 @@ def runs(root):
     for name, (make, settings, arguments) in RUNS.items():
         callback = averaging(**settings)
         this = fit(make(), callback, **arguments)
-        sets = *(whole_of(average.named_tensors()) for average in callback.averages), whole_of(callback.average.named_live())
+        sets = (
+            *(whole_of(average.named_tensors()) for average in callback.averages),
+            whole_of(callback.average.named_live()),
+        )
         rank_zero(this, sets, root / f"{name}.pt")
 
 
@@ -320,7 +323,10 @@ def a_teacher(root):
         beside, callback = Taught(), averaging()
         fit(beside, callback, folders=folders)
         assert all(name.startswith("student.") for name, _ in callback.average.named_tensors())
-        same({n: p for n, p in module.named_parameters() if "teacher" in n}, dict(p for p in beside.named_parameters() if "teacher" in p[0]))
+        same(
+            {n: p for n, p in module.named_parameters() if "teacher" in n},
+            dict(p for p in beside.named_parameters() if "teacher" in p[0]),
+        )
 
 
 @check
