@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lightning_ema.portions import is_dense, portions
+from lightning_ema.portions import portions, shaped
 
 STAGED = 1 << 19
 """Elements of a scratch tensor in updates: 2 MiB of float32, whatever the size of the model. Fewer took longer."""
@@ -92,17 +92,8 @@ def _staged(
             scratch = torch.empty(count, dtype=dtype or first.dtype, device=first.device)
         sizes = [tensor.numel() for tensor in lists_here[1]]
         used = scratch[: sum(sizes)]
-        views = [_like(part, tensor) for part, tensor in zip(torch.split(used, sizes), lists_here[1], strict=True)]
+        views = [shaped(part, tensor) for part, tensor in zip(torch.split(used, sizes), lists_here[1], strict=True)]
         yield used, views, lists_here
-
-
-def _like(part: Tensor, tensor: Tensor) -> Tensor:
-    """A vector in the shape of a tensor with as many elements, and in its memory order where it has one."""
-    if tensor.dim() == 1:
-        return part
-    if is_dense(tensor):
-        return part.as_strided(tensor.shape, tensor.stride(), part.storage_offset())
-    return part.view(tensor.shape)
 
 
 def corrected(average: Tensor, live: Tensor, origin: Tensor, bias: float) -> Tensor:

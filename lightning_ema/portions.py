@@ -85,3 +85,12 @@ def _split(tensors: Sequence[Tensor], size: int) -> list[Sequence[Tensor]]:
 
 def _transposed(portion: list[Sequence[Tensor]]) -> list[list[Tensor]]:
     return [list(each) for each in zip(*portion, strict=True)]
+
+
+def shaped(part: Tensor, tensor: Tensor) -> Tensor:
+    """A vector in the shape of a tensor with as many elements, and in its memory order where it has one."""
+    if tensor.dim() == 1:
+        return part
+    if is_dense(tensor):
+        return part.as_strided(tensor.shape, tensor.stride(), part.storage_offset())
+    return part.view(tensor.shape)
