@@ -27,7 +27,12 @@ from lightning_ema.evaluation_loop import (
 from lightning_ema.loaders import parts
 from lightning_ema.randomness import RandomStates
 
-_STRATEGIES = {"SingleDeviceStrategy": True, "DDPStrategy": True, "DeepSpeedStrategy": False}
+_STRATEGIES = {
+    "SingleDeviceStrategy": True,
+    "DDPStrategy": True,
+    "ModelParallelStrategy": True,
+    "DeepSpeedStrategy": False,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +54,8 @@ def check(trainer: Trainer) -> None:
     kinds = [kind.__name__ for kind in type(trainer.strategy).__mro__]
     if not next((_STRATEGIES[kind] for kind in kinds if kind in _STRATEGIES), False):
         raise ValueError(
-            f"evaluate='both' does not work with {kinds[0]}: a second pass over the data is run on a single device or "
-            "under DDP. Use strategy='ddp', or evaluate='average'."
+            f"evaluate='both' does not work with {kinds[0]}: a second pass over the data is run on a single device, "
+            "under DDP and under ModelParallelStrategy. Use one of these, or evaluate='average'."
         )
     missing = [name for name in NEEDED if not hasattr(trainer.validate_loop, name)]
     if missing:
