@@ -86,7 +86,7 @@ class Pairing:
         with torch.no_grad():
             for pair in self._pairs.values():
                 for tensor in pair.stored:
-                    tensor.copy_(pair.part(pair.live))
+                    tensor.copy_(pair.beside(pair.live))
 
     def forget(self) -> None:
         """Gives the averages up, as before the start."""
