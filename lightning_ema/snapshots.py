@@ -94,13 +94,12 @@ def write(snapshots: Snapshots, averages: Sequence[WeightAverage]) -> Path | Non
         raise ValueError(f"the averages start at step {first.start_step}; there is nothing to take a snapshot of yet.")
     if not first.history.run:
         _begin(averages)
-    if not is_first():
-        for average in averages if first.processes > 1 else ():
-            for _ in average.named_tensors():  # gives this process's part of each, and keeps nothing
-                pass
+    writes, together = is_first(), first.sharded or first.processes > 1
+    content = snapshot_file.pack(averages, keep=writes) if writes or together else {}
+    if not writes:
         return None
     path = _path(directory, first.history.run, first.last_update_step)
-    snapshot_file.save(snapshot_file.pack(averages), path)
+    snapshot_file.save(content, path)
     first.history.snapshots = sorted({*first.history.snapshots, first.last_update_step})
     discard_future(snapshots, averages)
     start = first.start_step

@@ -1,6 +1,9 @@
 """What the scripts on sharded weights share: a module under FSDP2, its trainer, and whole tensors to compare."""
 
 import json
+import multiprocessing
+import os
+import socket
 import sys
 import traceback
 import warnings
@@ -124,7 +127,7 @@ def same(first, second, tolerance=0.0):
 
 
 def ended(checks, *arguments):
-    """How each check ended: "" or what was raised. After a failure the other processes may be anywhere: none follows."""
+    """How each check ended: "" or what was raised. None follows a failure: the other processes may be anywhere."""
     seen = dict.fromkeys(checks, "not run")
     for name, check in checks.items():
         try:
@@ -138,6 +141,38 @@ def ended(checks, *arguments):
 
 def write(folder, name, seen):
     Path(folder, f"{name}.json").write_text(json.dumps(seen))
+
+
+def forked(processes, function, *arguments):
+    """Calls a function in processes that Lightning takes for torchrun's; gives how they ended.
+
+    They are forks, which need not import torch again: nothing may have been calculated before.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    ranks = [
+        context.Process(target=_as_rank, args=(rank, processes, port, function, *arguments))
+        for rank in range(processes)
+    ]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(90)
+    codes = [rank.exitcode for rank in ranks]
+    for rank in ranks:
+        rank.kill()
+    return codes
+
+
+def _as_rank(rank, processes, port, function, *arguments):
+    place = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    quiet()
+    function(*arguments)
+    torch.distributed.destroy_process_group()
 
 
 def quiet():

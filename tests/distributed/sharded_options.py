@@ -3,21 +3,22 @@
 Each process writes to ``<folder>/<rank>.json`` how each check ended: "" or what was raised.
 """
 
+import os
 import sys
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from sharded import (
     Sharded,
     averaging,
+    data,
     ended,
     fit,
+    forked,
     fully_shard,
-    quiet,
     same,
     strategy,
     trainer_of,
@@ -29,7 +30,7 @@ from sharded_run import Look, rank_zero
 from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from lightning_ema import Bema, Constant, MeanTeacherConfig, MeanTeacherMixin, Snapshots
+from lightning_ema import Bema, Constant, MeanTeacherConfig, MeanTeacherMixin, Power, Snapshots
 from lightning_ema.shards import DTensor, local
 
 CHECKS = {}
@@ -174,8 +175,6 @@ class Parallel(Sharded):
 
 @check
 def tensor_parallel(root):
-    from sharded import data
-
     def parallel(folders, epochs=2, ckpt_path=None):
         callback = averaging()
         this = trainer_of(callback, strategy=strategy(2, folders, tensor_parallel=2), epochs=epochs)
@@ -240,8 +239,21 @@ def bf16_weights_keep_a_float32_average_through_both_formats(root):
 
 @check
 def snapshots_hold_whole_tensors(root):
-    callback = averaging(snapshots=Snapshots(root / "snapshots", every_n_steps=5))
-    fit(Sharded(), callback)
+    callback = averaging(decay=[Power(sigma_rel=0.05), Power(sigma_rel=0.1)])
+    callback.snapshots = Snapshots(root / "snapshots", every_n_steps=5)
+    with Gathered() as gathered:
+        this = fit(Large(), callback)
+    if this.is_global_zero:
+        last = max((root / "snapshots").iterdir())
+        content = torch.load(last)
+        assert content["step"] == 12
+    for place, average in enumerate(callback.averages):
+        expected = whole_of(average.named_tensors())
+        if this.is_global_zero:
+            same(content["averages"][place]["tensors"], expected)
+    if not this.is_global_zero:
+        assert gathered.peak <= 64 * 64
+    rank_zero(this, whole_of(callback.average.named_tensors()), root / "last.pt")
 
 
 @check
@@ -335,10 +347,10 @@ def a_student_sharded_alone_is_refused(root):
         fit(OnlyTheStudent())
 
 
+def look(folder, wanted):
+    checks = {name: function for name, function in CHECKS.items() if not wanted or name in wanted}
+    write(folder, os.environ["RANK"], ended(checks, folder))
+
+
 if __name__ == "__main__":
-    quiet()
-    root = Path(sys.argv[1])
-    wanted = {name: function for name, function in CHECKS.items() if not sys.argv[2:] or name in sys.argv[2:]}
-    seen = ended(wanted, root)
-    write(root, dist.get_rank(), seen)
-    dist.destroy_process_group()
+    forked(2, look, Path(sys.argv[1]), sys.argv[2:])

@@ -1,4 +1,4 @@
-"""Run by test_sharded_run in 1 and in 4 processes: resumes what 2 processes wrote, from both formats.
+"""Run by test_sharded_run: resumes in 1 and in 4 processes what 2 processes wrote, from both formats.
 
 The first process writes what was loaded and how it ended to ``<folder>/<format>/resumed-<processes>.pt``.
 """
@@ -6,26 +6,22 @@ The first process writes what was loaded and how it ended to ``<folder>/<format>
 import sys
 from pathlib import Path
 
-import torch
-from sharded import Sharded, averaging, fit, quiet, whole_of
-from sharded_run import Look
+from sharded import Sharded, averaging, fit, forked, whole_of
+from sharded_run import Look, rank_zero
 
-if __name__ == "__main__":
-    quiet()
-    processes = int(sys.argv[2])
+
+def resume(root, processes):
     for name in ("file", "folder"):
-        folder, callback, loaded = Path(sys.argv[1], name), averaging(), []
-        this = fit(
-            Sharded(),
-            callback,
-            Look(callback, loaded),
-            processes=processes,
-            folders=name == "folder",
-            epochs=3,
-            ckpt_path=folder / "x.ckpt",
-        )
+        path, callback, loaded = root / name / "x.ckpt", averaging(), []
+        look = Look(callback, loaded)
+        kwargs = {"processes": processes, "folders": name == "folder", "epochs": 3, "ckpt_path": path}
+        this = fit(Sharded(), callback, look, **kwargs)
         assert this.world_size == processes
         end = whole_of(callback.average.named_tensors()), whole_of(callback.average.named_live())
-        if this.is_global_zero:
-            torch.save((*loaded[:2], *end), folder / f"resumed-{processes}.pt")
-    torch.distributed.destroy_process_group()
+        rank_zero(this, (*loaded[:2], *end), path.with_name(f"resumed-{processes}.pt"))
+
+
+if __name__ == "__main__":
+    for processes in (1, 4):
+        codes = forked(processes, resume, Path(sys.argv[1]), processes)
+        assert codes == [0] * processes, codes
