@@ -42,6 +42,8 @@ def run(given: argparse.Namespace) -> str:
     target = default if given.out is None else Path(given.out)
     if target.resolve() == source.resolve():
         raise ValueError(f"{target} is the file that is read, and is not written to. Give another with --out.")
+    if not target.parent.is_dir():
+        raise ValueError(f"{target.parent} is no folder. Make it, or give another file with --out.")
     found = read(given.file, like=given.like, live=given.live, system=given.system, allow_code=given.allow_code)
     path = write(found, target, given.form, steps=given.steps, name=given.name)
     alone = ["training goes on from the average"] if given.form == "lightning" and not found.live else []

@@ -186,7 +186,8 @@ def as_checkpoint(found: Found, steps: int, name: str = "ema") -> dict[str, Any]
         "others": [],
     }
     live = {without_wrappers(name): found.live[name] for name in differing}
-    entry = pack(state, live, averaged, in_state_dict=True)
+    model = averaged | {without_wrappers(name): tensor for name, tensor in found.live.items()}
+    entry = pack(state, live, model, in_state_dict=True)
     begun = {"epoch": 0, "global_step": 0, "optimizer_states": [], "lr_schedulers": [], "callbacks": {}}
     checkpoint = {"pytorch-lightning_version": _lightning_version(), **begun, **found.checkpoint}
     callbacks = {**checkpoint["callbacks"], state_key(name): entry}
@@ -274,6 +275,8 @@ def _load(file: str | Path | Content, allow_code: bool) -> Content:
             f"{file} holds objects of the program that wrote it, which must be importable: {error}. Run this where "
             "that program is installed, for instance in its repository's folder."
         ) from error
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{file} is damaged, or no file of torch.save ({error}).") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{file} holds a {type(content).__name__}, not a dictionary. Write its state_dict() instead.")
     return content

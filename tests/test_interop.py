@@ -8,7 +8,7 @@ from helpers import EMAWeightAveraging, Regression, clones, ema, equal, fit, nee
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -230,7 +230,7 @@ def test_stochastic_weight_averaging_as_lightning_writes_it(tmp_path):
 
     kept = Kept()
     fit(seeded(), StochasticWeightAveraging(0.01, swa_epoch_start=2), kept, max_epochs=5)
-    found = interop.read(tmp_path / "swa.ckpt", allow_code=True)
+    found = interop.read(tmp_path / "swa.ckpt")
     assert found.updates == 3 and found.steps is None
     for name in PARAMETERS:  # it absorbs the weights at the start of the epochs 1, 2 and 3
         torch.testing.assert_close(found.weights[name], sum(each[name] for each in kept.states[:3]) / 3)
@@ -450,3 +450,96 @@ def test_what_is_read_is_left_as_it_is(tmp_path):
     interop.write(interop.read(content), tmp_path / "x.ckpt", "lightning")
     assert content.keys() == before.keys() and content["callbacks"] == before["callbacks"]
     assert equal(content["state_dict"], before["state_dict"])
+
+
+def test_a_half_precision_average_goes_on_in_float32(tmp_path):
+    found = interop.read({"model": None, "ema": Yolo(AVERAGE).half(), "updates": 7})
+    callback = ema(decay=0.5)
+    watch = Watch(callback)
+    interop.write(found, tmp_path / "x.ckpt", "lightning")
+    fit(seeded(), callback, watch, ckpt_path=tmp_path / "x.ckpt", max_steps=1)
+    assert torch.equal(watch.averaged["net.0.weight"], AVERAGE["net.0.weight"].half().float())
+    assert callback.average.state_dict()["average"]["net.0.weight"].dtype == torch.float32
+
+
+def test_an_average_wider_than_the_model_is_not_rounded_through_it(tmp_path):
+    halves = {n: t.bfloat16() if t.is_floating_point() else t for n, t in LIVE.items() if "net.1." not in n}
+    wide = {n: AVERAGE[n] for n in halves}
+    interop.write(
+        interop.read({"state_dict": halves, "state_dict_ema": wide}), tmp_path / "x.ckpt", "lightning", steps=7
+    )
+    callback = ema(decay=0.5)
+    watch = Watch(callback)
+    fit(seeded(norm=False), callback, watch, ckpt_path=tmp_path / "x.ckpt", max_steps=1, precision="bf16-true")
+    assert equal(watch.averaged, wide) and equal(watch.live, halves)
+
+
+@pytest.mark.parametrize(
+    ("settings", "averaged"),
+    [
+        ({"buffers": "copy"}, PARAMETERS),
+        ({"include": ["net.4.*"]}, ["net.4.weight", "net.4.bias"]),
+        ({"name": "slow", "evaluate": "live"}, [n for n in AVERAGE if AVERAGE[n].is_floating_point()]),
+    ],
+)
+def test_the_callbacks_settings_win_over_what_the_file_holds(settings, averaged, tmp_path):
+    found = interop.read(timm())
+    interop.write(found, tmp_path / "x.ckpt", "lightning", steps=7, name=settings.get("name", "ema"))
+    callback = ema(decay=0.5, **settings)
+    watch = Watch(callback)
+    fit(seeded(), callback, watch, ckpt_path=tmp_path / "x.ckpt", max_steps=1)
+    assert equal(watch.averaged, {name: AVERAGE[name] for name in averaged})
+    assert equal(watch.live, LIVE)
+
+
+def test_another_name_than_that_of_the_callback_is_refused(tmp_path):
+    interop.write(interop.read(averaged_model()), tmp_path / "x.ckpt", "lightning", name="slow")
+    with pytest.raises(ValueError, match=r"no average under EMACallback\{'name': 'ema'\}, but under .*'slow'"):
+        fit(seeded(), ema(), ckpt_path=tmp_path / "x.ckpt")
+
+
+def test_a_second_run_resumes_from_the_first_ones_own_file(tmp_path):
+    interop.write(interop.read(mmengine()), tmp_path / "x.ckpt", "lightning")
+    whole, first, second = ema(), ema(), ema()
+    module = seeded()
+    fit(module, whole, ckpt_path=tmp_path / "x.ckpt", max_epochs=2)
+    fit(seeded(), first, ckpt_path=tmp_path / "x.ckpt", max_epochs=1).save_checkpoint(tmp_path / "y.ckpt")
+    again = seeded()
+    fit(again, second, ckpt_path=tmp_path / "y.ckpt", max_epochs=2)
+    assert equal(again.state_dict(), module.state_dict())
+    assert second.average.num_steps == whole.average.num_steps == 7 + 12
+
+
+def test_names_of_a_compiled_model_and_a_safetensors_file_of_the_model(tmp_path):
+    save_file({name: tensor.contiguous() for name, tensor in LIVE.items()}, tmp_path / "model.safetensors")
+    compiled = {"n_averaged": torch.tensor(7), **prefixed("module._orig_mod.", AVERAGE)}
+    found = interop.read(compiled, like=tmp_path / "model.safetensors", live=tmp_path / "model.safetensors")
+    assert equal(found.weights, AVERAGE) and equal(found.live, LIVE)
+
+
+def test_what_the_average_lacks_is_taken_from_the_model_and_said():
+    found = interop.read(torch_ema(), like=LIVE)
+    (note,) = [note for note in found.notes if "--like" in note]
+    assert note.startswith("Taken from the model of --like, 3 tensors") and "net.1.running_mean" in note
+
+
+def test_damaged_files_and_missing_folders(tmp_path, capsys):
+    torch.save(timm(), tmp_path / "whole.pt")
+    (tmp_path / "half.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:2000])
+    (tmp_path / "text.pt").write_text("weights")
+    (tmp_path / "empty.pt").touch()
+    for name in ("half", "text", "empty"):
+        assert main(["import", str(tmp_path / f"{name}.pt"), "--as", "weights"]) == 1
+        assert "no file of torch.save" in capsys.readouterr().err, name
+    assert main(["import", str(tmp_path / "nothing.pt"), "--as", "weights"]) == 1
+    assert "No such file" in capsys.readouterr().err
+    command = ["import", str(tmp_path / "whole.pt"), "--as", "weights", "--out", str(tmp_path / "there" / "x.pt")]
+    assert main(command) == 1
+    assert "there is no folder" in capsys.readouterr().err
+
+
+def test_steps_that_are_none():
+    with pytest.raises(ValueError, match="steps is 0"):
+        interop.write(interop.read(timm()), "x.ckpt", "lightning", steps=0)
+    with pytest.raises(ValueError, match=r"form is 'onnx'; accepted are 'lightning', 'weights'"):
+        interop.write(interop.read(timm()), "x.ckpt", "onnx")
