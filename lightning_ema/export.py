@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lightning_ema.advice import horizon
 from lightning_ema.checkpoint import STATE_KEY_PREFIX, find, state_key
 from lightning_ema.kernels import corrected, relative_distance
 from lightning_ema.selection import without_wrappers
+from lightning_ema.spelling import read_schedule
 
 Checkpoint = str | Path | Mapping[str, Any]
 
@@ -62,9 +64,28 @@ def export_average(
             "others='evaluate' estimates them for all."
         )
     weights = averaged_state_dict(content, entry, which)
-    metadata = {"average": name, "steps": str(entry["num_steps"]), "decay": str(entry["config"]["decay"])}
-    metadata |= {"which": str(which)} if entry.get("others") else {}
-    return write_weights(weights, path, metadata)
+    return write_weights(weights, path, {"average": name, **_metadata(entry, which)})
+
+
+def _metadata(entry: Mapping[str, Any], which: int) -> dict[str, str]:
+    """Counters, the schedule as it was given, and its decay and horizon at the last step, where these are known."""
+    told = {"steps": str(entry["num_steps"]), "updates": str(entry["num_updates"])}
+    told |= {"decay": str(entry["config"]["decay"])} | ({"which": str(which)} if entry.get("others") else {})
+    decay = decay_in_force(entry, which)
+    return told if decay is None else told | {"decay_in_force": f"{decay:.6g}", "horizon": f"{horizon(decay):.6g}"}
+
+
+def decay_in_force(entry: Mapping[str, Any], which: int = 0) -> float | None:
+    """The decay per step of one of an entry's averages at its last step; None where its schedule cannot be read."""
+    if which == 0 and "decay" in entry:
+        return float(entry["decay"])
+    histories = entry.get("histories") or [{}] * (which + 1)
+    stretches = histories[which].get("stretches")
+    if not stretches:
+        return None
+    with suppress(ValueError):  # a schedule of the user's own, which text does not stand for
+        return read_schedule(stretches[-1]["decay"])(max(1, entry["num_steps"] - entry["start_step"]))
+    return None
 
 
 def write_weights(weights: Mapping[str, Tensor], path: str | Path, metadata: dict[str, str]) -> Path:

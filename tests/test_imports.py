@@ -47,10 +47,19 @@ LAYERS = [
         "plot_command",
         "teacher_callback",
         "distributed_checkpoint",
+        "found",
     },
-    {"snapshots", "recipe", "teacher"},
-    {"callback", "semi_supervised_data", "synthesis", "recipes_openmmlab", "recipes_pytorch", "recipes_yolo"},
-    {"recipes", "synthesize_command"},
+    {"snapshots", "recipe", "teacher", "naming", "readers_lightning", "readers_openmmlab", "readers_pytorch"},
+    {
+        "callback",
+        "semi_supervised_data",
+        "synthesis",
+        "recipes_openmmlab",
+        "recipes_pytorch",
+        "recipes_yolo",
+        "interop",
+    },
+    {"recipes", "synthesize_command", "import_command"},
     {"__init__", "__main__"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
@@ -65,6 +74,7 @@ ALLOWED_OUTSIDE = {
     "advice": set(),
     **{name: set() for name in ("recipe", "recipes_openmmlab", "recipes_pytorch", "recipes_yolo", "recipes")},
     "checkpoint": {"torch"},
+    "import_command": set(),
     **{
         name: {"lightning", "torch"}
         for name in ("callback", "distributed_checkpoint", "evaluation_loop", "module_hook", "second_pass")
