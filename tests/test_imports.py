@@ -27,6 +27,7 @@ LAYERS = [
     {"settings", "loan", "footprint", "recalibration", "aside", "metrics", "spelling", "views"},
     {"pairing", "history"},
     {"course", "profiles"},
+    {"report"},
     {"average"},
     {
         "checkpoint",
@@ -48,8 +49,10 @@ LAYERS = [
         "distributed_checkpoint",
     },
     {"snapshots", "recipe", "teacher"},
-    {"callback", "semi_supervised_data", "synthesis", "recipes_openmmlab", "recipes_pytorch", "recipes_yolo"},
-    {"recipes", "synthesize_command"},
+    {"callback", "semi_supervised_data", "combination", "recipes_openmmlab", "recipes_pytorch", "recipes_yolo"},
+    {"recipes", "synthesis"},
+    {"recommendation", "synthesize_command"},
+    {"recommend_command"},
     {"__init__", "__main__"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
@@ -61,6 +64,7 @@ ALLOWED_OUTSIDE = {
     "compositions": set(),
     "spelling": set(),
     "advice": set(),
+    "report": set(),
     **{name: set() for name in ("recipe", "recipes_openmmlab", "recipes_pytorch", "recipes_yolo", "recipes")},
     "checkpoint": {"torch"},
     **{
