@@ -1,4 +1,4 @@
-"""The command line: ``python -m lightning_ema inspect | export | synthesize | plot-schedule``."""
+"""The command line: ``python -m lightning_ema inspect | export | synthesize | recommend | plot-schedule``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import pickle
 import sys
 
-from lightning_ema import plot_command, synthesize_command
+from lightning_ema import plot_command, recommend_command, synthesize_command
 from lightning_ema.export import describe, export_average
 
 
@@ -27,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     export.add_argument("--name", default="ema", help="of the callback (default: ema)")
     export.add_argument("--which", type=int, default=0, help="place among the averages of several decays (default: 0)")
     synthesize_command.add_to(commands)
+    recommend_command.add_to(commands)
     plot_command.add_to(commands)
     given = parser.parse_args(arguments)
     try:

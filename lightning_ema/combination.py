@@ -34,7 +34,7 @@ values sum to 1,000 to 80,000, where 0.05 and 0.10 need 1.5. The residual does n
 """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Combination:
     """How an average is to be put together from snapshots; known before any weight is read.
 

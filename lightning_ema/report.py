@@ -20,15 +20,25 @@ what two seeds of one training differ by. Schedules that approach their limit wi
 """
 
 LARGE_START = 0.05
-"""From this share on, the weights at the start are said to be still in the average."""
+"""From this share on, the weights at the start are said to be still in the average.
 
-SMALL_DISTANCE = 0.02
-"""Up to this distance, relative to the norm of the live weights, no gain is expected."""
+Measured on digits against the same decay warmed up: at 0.05 the cross-entropy is 7 to 14% higher and the error the
+same, at 0.37 the cross-entropy is twice as high or more.
+"""
+
+SMALL_DISTANCE = 0.005
+"""Up to this distance, relative to the norm of the live weights, hardly any gain is expected.
+
+Measured on digits, with and without label noise, with learning rates that fall by much or little: no nearer average's
+error was better than that of the live weights by more than 0.12 points of 4.6 or more, nor its cross-entropy by more
+than 0.9%.
+"""
 
 SMALLEST_MOVE = 1.0
 """Below this, in halves of the spacing of the dtype's numbers, an update is lost in rounding.
 
-An element is rounded back to where it was when it is moved by less than half of the spacing there.
+An element is rounded back to where it was when it is moved by less than half of the spacing there. Measured with 16-bit
+averages on digits: below 1 the next update left 59% of the elements or more as they were.
 """
 
 
@@ -164,7 +174,7 @@ def gap(facts: Facts) -> str:
         return "The live weights or the average are not finite. on_nonfinite='skip' keeps such weights out of it."
     apart = f"Live weights and average lie {facts.distance:.2g} of the live weights' norm apart"
     if facts.distance <= SMALL_DISTANCE:
-        return f"{apart}: too near for a gain."
+        return f"{apart}: so near that hardly any gain is to be expected."
     return f"{apart}: far enough for a gain, which only scoring both can tell."
 
 
