@@ -144,12 +144,10 @@ class Ages:
     Attributes:
         mean: ``sum_i w(i) * (s(U) - s(i))``, in steps before the last update.
         start: ``w(0)``, the share of the state at the start; 0 where that is below ``NEGLIGIBLE_AGE / s(U)``.
-        newest: ``w(U)``, the share of the state absorbed last.
     """
 
     mean: float
     start: float
-    newest: float
 
 
 def ages(timeline: Timeline, schedule: Schedule | None = None, decay_per: DecayPer = "step") -> Ages:
@@ -163,21 +161,19 @@ def ages(timeline: Timeline, schedule: Schedule | None = None, decay_per: DecayP
     Raises:
         ValueError: a schedule recorded is not of this package.
     """
-    mean, share, newest = 0.0, 1.0, 0.0
+    mean, share = 0.0, 1.0
     for after, upto in timeline.chunks([timeline.num_updates]):
         if schedule is None:
             decays = timeline.decays(after, upto)
         else:
             decays = timeline.decays_of(schedule, decay_per, after, upto)
         weights, left = weights_of(decays)
-        if upto == timeline.num_updates:
-            newest = float(weights[-1])
         before = timeline.num_steps - timeline.steps(after, upto)
         mean += share * float(weights @ before.to(torch.float64))
         share *= float(left)
         if share * timeline.num_steps < NEGLIGIBLE_AGE:
-            return Ages(mean, 0.0, newest)
-    return Ages(mean + share * timeline.num_steps, share, newest)
+            return Ages(mean, 0.0)
+    return Ages(mean + share * timeline.num_steps, share)
 
 
 def every(gap: int, upto: int) -> Timeline:

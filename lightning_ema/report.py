@@ -88,11 +88,15 @@ class Facts:
 
     @property
     def move(self) -> float:
-        """How far the last update moved the average, in halves of the spacing of its dtype's numbers.
+        """How far an update moves the average, in halves of the spacing of its dtype's numbers.
 
-        ``w(U) * distance / (precision / 2)``, with ``w(U)`` the share of the newest state; NaN where it is not known.
+        ``share * distance / (precision / 2)`` with ``share = 1 / (1 + mean age / every_n_steps)``, which for a constant
+        decay is the share ``1 - D`` that an update gives the newest state. The mean age stands for it because a decay
+        that ends at 1 gives the last state none. NaN where the mean age is not known.
         """
-        return math.nan if self.ages is None else self.ages.newest * self.distance / (self.precision / 2)
+        if self.ages is None:
+            return math.nan
+        return self.distance / (1 + self.ages.mean / self.every_n_steps) / (self.precision / 2)
 
     def _in_steps(self, decays: float) -> float:
         return decays * self.every_n_steps if self.decay_per == "update" else decays
@@ -120,12 +124,12 @@ def counts(facts: Facts) -> str:
 
 def not_updated(facts: Facts) -> str:
     """Why there is no update, and what that means."""
-    if not facts.started:
-        reason = "the average starts later than the run ended: lower start_step or start_epoch"
+    if not facts.started or facts.num_steps == facts.start_step:
+        reason = "the average starts no earlier than the run ends: lower start_step or start_epoch"
     elif facts.num_skipped:
         reason = "the weights were never finite when one was due: lower the learning rate or clip the gradients"
     else:
-        reason = f"every_n_steps={facts.every_n_steps:,} is longer than the run: lower it"
+        reason = f"every_n_steps={facts.every_n_steps} is longer than what was left of the run: lower it"
     return f"Without an update every evaluation and every file has the live weights; {reason}."
 
 
@@ -173,6 +177,8 @@ def gap(facts: Facts) -> str:
     if not math.isfinite(facts.distance):
         return "The live weights or the average are not finite. on_nonfinite='skip' keeps such weights out of it."
     apart = f"Live weights and average lie {facts.distance:.2g} of the live weights' norm apart"
+    if start_left(facts):
+        return f"{apart}, which says little while the start weighs so much."
     if facts.distance <= SMALL_DISTANCE:
         return f"{apart}: so near that hardly any gain is to be expected."
     return f"{apart}: far enough for a gain, which only scoring both can tell."
