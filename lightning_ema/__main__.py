@@ -1,4 +1,4 @@
-"""The command line: ``python -m lightning_ema inspect | export | import | synthesize | plot-schedule``."""
+"""The command line: ``python -m lightning_ema inspect | export | import | synthesize | recommend | plot-schedule``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import pickle
 import sys
 
-from lightning_ema import import_command, plot_command, synthesize_command
+from lightning_ema import import_command, plot_command, recommend_command, synthesize_command
 from lightning_ema.export import describe, export_average
 
 
@@ -28,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     export.add_argument("--which", type=int, help="place among several averages (default: the one that was evaluated)")
     import_command.add_to(commands)
     synthesize_command.add_to(commands)
+    recommend_command.add_to(commands)
     plot_command.add_to(commands)
     given = parser.parse_args(arguments)
     try:

@@ -307,6 +307,9 @@ class EMACallback(Callback):
             self._say(steps_missed(missed))
         if waits := self._require().waits:
             self._say(waited(waits))
+        if self._require().num_steps > 0 and not trainer_facts.is_trial(trainer):
+            for average in self.averages:
+                self._say(average.report())
         if self._snapshots is not None and self._require().started:
             write(self._snapshots, self.averages)
         if self._custody is not None:

@@ -27,6 +27,7 @@ LAYERS = [
     {"settings", "loan", "footprint", "recalibration", "aside", "metrics", "spelling", "views"},
     {"pairing", "history"},
     {"course", "profiles"},
+    {"report"},
     {"average"},
     {
         "checkpoint",
@@ -50,16 +51,10 @@ LAYERS = [
         "found",
     },
     {"snapshots", "recipe", "teacher", "naming", "readers_lightning", "readers_openmmlab", "readers_pytorch"},
-    {
-        "callback",
-        "semi_supervised_data",
-        "synthesis",
-        "recipes_openmmlab",
-        "recipes_pytorch",
-        "recipes_yolo",
-        "interop",
-    },
-    {"recipes", "synthesize_command", "import_command"},
+    {"callback", "semi_supervised_data", "combination", "recipes_openmmlab", "recipes_pytorch", "recipes_yolo"},
+    {"recipes", "synthesis", "interop"},
+    {"recommendation", "synthesize_command", "import_command"},
+    {"recommend_command"},
     {"__init__", "__main__"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
@@ -72,6 +67,7 @@ ALLOWED_OUTSIDE = {
     "compositions": set(),
     "spelling": set(),
     "advice": set(),
+    "report": set(),
     **{name: set() for name in ("recipe", "recipes_openmmlab", "recipes_pytorch", "recipes_yolo", "recipes")},
     "checkpoint": {"torch"},
     "import_command": set(),
