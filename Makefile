@@ -55,9 +55,9 @@ $(OLDEST)/ready: pyproject.toml constraints.txt constraints-oldest.txt
 	@touch $@
 
 # without their dependencies: these would bring torchvision, opencv and another torch
-PEERS := diffusers ema-pytorch mmengine timm torch-ema
-PEERS_IMPORT := addict huggingface_hub importlib_metadata regex requests rich termcolor yapf
-test-peers: $(VENV)/peers  ## run the recipes against the systems that they follow (mmengine, timm, diffusers, ...)
+PEERS := accelerate diffusers ema-pytorch mmengine peft timm tokenizers torch-ema transformers
+PEERS_IMPORT := addict huggingface_hub importlib_metadata psutil regex requests rich termcolor yapf
+test-peers: $(VENV)/peers  ## run recipes, imports and adapters against the systems themselves (mmengine, timm, peft, ...)
 	@REQUIRE_PEERS=1 $(BIN)/python -m pytest -q tests/parity
 
 $(VENV)/peers: $(VENV)/ready

@@ -1,6 +1,6 @@
 """Weight averaging for PyTorch Lightning."""
 
-from lightning_ema import consistency, recipes
+from lightning_ema import consistency, interop, recipes
 from lightning_ema.average import WeightAverage
 from lightning_ema.callback import EMACallback
 from lightning_ema.compositions import Bema, CopyFirst, Debiased, Equal, Power, Scaled, Shifted, Then
@@ -70,6 +70,7 @@ __all__ = [
     "consistency",
     "export_average",
     "for_both",
+    "interop",
     "recipes",
     "split_by_class",
     "synthesize",

@@ -1,4 +1,4 @@
-"""The command line: ``python -m lightning_ema inspect | export | synthesize | plot-schedule``."""
+"""The command line: ``python -m lightning_ema inspect | export | import | synthesize | recommend | plot-schedule``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import pickle
 import sys
 
-from lightning_ema import plot_command, synthesize_command
+from lightning_ema import import_command, plot_command, recommend_command, synthesize_command
 from lightning_ema.export import describe, export_average
 
 
@@ -21,12 +21,14 @@ def main(arguments: list[str] | None = None) -> int:
         run=lambda given: export_average(given.file, given.out, name=given.name, which=given.which, trust=given.trust)
     )
     for command in (inspect, export):
-        command.add_argument("file", help="a checkpoint")
+        command.add_argument("file", help="a checkpoint: a file, or a folder of shards")
         command.add_argument("--trust", action="store_true", help="let the file run code while it is read")
     export.add_argument("out", help="a .safetensors or .pt file")
     export.add_argument("--name", default="ema", help="of the callback (default: ema)")
     export.add_argument("--which", type=int, help="place among several averages (default: the one that was evaluated)")
+    import_command.add_to(commands)
     synthesize_command.add_to(commands)
+    recommend_command.add_to(commands)
     plot_command.add_to(commands)
     given = parser.parse_args(arguments)
     try:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -15,6 +17,8 @@ from lightning_ema.course import Course
 from lightning_ema.history import History
 from lightning_ema.kernels import corrected, ratio, squared_norms
 from lightning_ema.loan import Loan, Pair, missing
+from lightning_ema.profiles import Ages, Timeline, ages
+from lightning_ema.report import Facts, report
 from lightning_ema.schedules import Plan, Schedule
 from lightning_ema.selection import Survey
 from lightning_ema.settings import Buffers, DecayPer, OnNonfinite, Settings
@@ -434,9 +438,9 @@ class WeightAverage:
         return False
 
     def distance(self) -> float:
-        """``||live - average|| / ||live||`` over all averaged tensors. Waits for an accelerator.
+        """``||live - average|| / ||live||`` over all averaged tensors; NaN where they are not finite.
 
-        Where weights are sharded, all processes must call it: each one sums over its shards.
+        Waits for an accelerator. Where weights are sharded, all processes must call it: each one sums over its shards.
         """
         parts: dict[Groups, tuple[list[Tensor], list[Tensor]]] = {}
         lives, lent = dict(self.named_live()), self._lent_now()
@@ -453,7 +457,48 @@ class WeightAverage:
                 device = pair.live.device
             for groups, lists in parts.items():
                 squares += sum_across(squared_norms(*lists), groups, device)
-        return ratio(squares)
+        return ratio(squares) if squares.isfinite().all() else math.nan
+
+    def report(self) -> str:
+        """One paragraph for a person: steps and updates, how far back the average reaches, what gain to expect.
+
+        It costs as much as :meth:`distance` and, where the decay depends on the step, a pass over the steps that weigh
+        in the average. What each sentence rests on is told in ``docs/explanation/report.md``. Where weights are
+        sharded, or the average is, all processes must call it.
+
+        Returns:
+            Sentences in one line, without any markup.
+        """
+        return report(self._facts())
+
+    def _facts(self) -> Facts:
+        stored = (average for pair in self._course.pairing.pairs() for average in pair.averages)
+        return Facts(
+            schedule=repr(self.schedule),
+            num_steps=self.num_steps,
+            num_updates=self.num_updates,
+            num_skipped=self.num_skipped,
+            started=self.started,
+            start_step=self.start_step,
+            every_n_steps=self.settings.every_n_steps,
+            decay_per=self.settings.decay_per,
+            decay=self.decay,
+            limit=self.schedule.limit,
+            ages=self._ages(),
+            distance=self.distance(),
+            precision=max((torch.finfo(average.dtype).eps for average in stored), default=0.0),
+        )
+
+    def _ages(self) -> Ages | None:
+        history, since = self.history, self.last_update_step - self.start_step
+        if self.num_updates == 0 or history.num_steps != since or self.schedule.corrects:
+            return None
+        one = history.follows(self.schedule, self.settings.decay_per)
+        try:
+            made_of = ages(Timeline(history.stretches), self.schedule if one else None, self.settings.decay_per)
+        except ValueError:  # some updates were made under a schedule of another package, before this run
+            return None
+        return replace(made_of, mean=made_of.mean + self.num_steps - self.last_update_step)
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, settings and the averages by name: plain numbers, strings and tensors.

@@ -307,6 +307,9 @@ class EMACallback(Callback):
             self._say(steps_missed(missed))
         if waits := self._require().waits:
             self._say(waited(waits))
+        if self._require().num_steps > 0 and not trainer_facts.is_trial(trainer):
+            for average in self.averages:
+                self._say(average.report())
         if self._snapshots is not None and self._require().started:
             write(self._snapshots, self.averages)
         if self._custody is not None:
@@ -351,7 +354,7 @@ class EMACallback(Callback):
             self.average.alone = True
         try:
             self._recall()
-            if fitting:
+            if fitting and self._absorbs_alone():
                 self._absorb()
         except (RuntimeError, FloatingPointError) as error:  # the exception under way matters more
             rank_zero_warn(str(error))
@@ -492,6 +495,11 @@ class EMACallback(Callback):
                 "all further ones like it. `average.num_skipped` counts them."
             )
         return True
+
+    def _absorbs_alone(self) -> bool:
+        """Whether an update waits for no other process. Of shards all must say if they are finite, and a snapshot."""
+        waits = self.settings.on_nonfinite != "ignore" or self._snapshots is not None
+        return not (waits and self.average is not None and self.average.sharded)
 
     def _lends(self, pl_module: LightningModule) -> bool:
         self._drop_if_edited()

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_ema import sharded_checkpoint
 from lightning_ema.advice import horizon
 from lightning_ema.checkpoint import STATE_KEY_PREFIX, find, state_key
 from lightning_ema.kernels import corrected, relative_distance
 from lightning_ema.selection import without_wrappers
+from lightning_ema.spelling import read_schedule
 
 Checkpoint = str | Path | Mapping[str, Any]
 
@@ -24,7 +27,8 @@ def export_average(
     """Writes the averaged weights of a checkpoint alone, under the model's usual keys.
 
     Args:
-        checkpoint: a file written by a Trainer with an ``EMACallback``, or its content.
+        checkpoint: a file written by a Trainer with an ``EMACallback``, or its content; or a folder of shards, of which
+            the weights must fit into memory.
         path: where to; ``.safetensors`` or ``.pt``. Without a suffix, safetensors where it is installed, else ``.pt``.
         name: of the callback whose average is meant.
         which: the place of the average among several, as they were given in ``decay=[...]``; 0 is the first. None: the
@@ -60,9 +64,28 @@ def export_average(
             "others='evaluate' estimates them for all."
         )
     weights = averaged_state_dict(content, entry, which)
-    metadata = {"average": name, "steps": str(entry["num_steps"]), "decay": str(entry["config"]["decay"])}
-    metadata |= {"which": str(which)} if entry.get("others") else {}
-    return write_weights(weights, path, metadata)
+    return write_weights(weights, path, {"average": name, **_metadata(entry, which)})
+
+
+def _metadata(entry: Mapping[str, Any], which: int) -> dict[str, str]:
+    """Counters, the schedule as it was given, and its decay and horizon at the last step, where these are known."""
+    told = {"steps": str(entry["num_steps"]), "updates": str(entry["num_updates"])}
+    told |= {"decay": str(entry["config"]["decay"])} | ({"which": str(which)} if entry.get("others") else {})
+    decay = decay_in_force(entry, which)
+    return told if decay is None else told | {"decay_in_force": f"{decay:.6g}", "horizon": f"{horizon(decay):.6g}"}
+
+
+def decay_in_force(entry: Mapping[str, Any], which: int = 0) -> float | None:
+    """The decay per step of one of an entry's averages at its last step; None where its schedule cannot be read."""
+    if which == 0 and "decay" in entry:
+        return float(entry["decay"])
+    histories = entry.get("histories") or [{}] * (which + 1)
+    stretches = histories[which].get("stretches")
+    if not stretches:
+        return None
+    with suppress(ValueError):  # a schedule of the user's own, which text does not stand for
+        return read_schedule(stretches[-1]["decay"])(max(1, entry["num_steps"] - entry["start_step"]))
+    return None
 
 
 def write_weights(weights: Mapping[str, Tensor], path: str | Path, metadata: dict[str, str]) -> Path:
@@ -125,10 +148,23 @@ def describe(checkpoint: Checkpoint, trust: bool = False) -> str:
 
 
 def read(checkpoint: Checkpoint, trust: bool) -> Mapping[str, Any]:
-    """The content of a file, on the CPU; a content as it is."""
+    """The content of a file or a folder of shards, whole and on the CPU; a content as it is.
+
+    Raises:
+        ValueError: a folder is no complete checkpoint, or holds the shards of several saves.
+    """
     if isinstance(checkpoint, Mapping):
         return checkpoint
-    content: Mapping[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=not trust)
+    path = Path(checkpoint)
+    content: dict[str, Any] = (
+        sharded_checkpoint.whole(path, trust)
+        if path.is_dir()
+        else torch.load(path, map_location="cpu", weights_only=not trust)
+    )
+    for entry in content.get("callbacks", {}).values():
+        slot = sharded_checkpoint.in_slot(entry, content) if isinstance(entry, dict) and "sharded" in entry else None
+        if slot is not None:
+            sharded_checkpoint.put_back(entry, slot)
     return content
 
 

@@ -83,13 +83,14 @@ class History:
 
     def _turn_to(self, schedule: Schedule, decay_per: DecayPer) -> None:
         self._schedule = schedule
-        try:
-            decay = write_schedule(schedule)
-        except ValueError:
-            decay = f"{type(schedule).__module__}.{schedule!r}"
+        decay = _spelled(schedule)
         last = self.stretches[-1] if self.stretches else None
         if last is None or (last.decay, last.decay_per) != (decay, decay_per):
             self.stretches.append(Stretch(decay, decay_per))
+
+    def follows(self, schedule: Schedule, decay_per: DecayPer) -> bool:
+        """Whether all updates were made under this schedule."""
+        return all((s.decay, s.decay_per) == (_spelled(schedule), decay_per) for s in self.stretches)
 
     @property
     def num_steps(self) -> int:
@@ -129,6 +130,13 @@ class History:
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"the history of the updates is damaged: {error!r}. Take another file.") from error
         return history
+
+
+def _spelled(schedule: Schedule) -> str:
+    try:
+        return write_schedule(schedule)
+    except ValueError:
+        return f"{type(schedule).__module__}.{schedule!r}"
 
 
 def _stretch(decay: str, decay_per: DecayPer, gaps: list[int], counts: list[int]) -> Stretch:

@@ -5,14 +5,22 @@ All functions expect to be called under ``torch.no_grad()``.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from lightning_ema.portions import portions, shaped
+
+STAGED = 1 << 19
+"""Elements of a scratch tensor in updates: 2 MiB of float32, whatever the size of the model. Fewer took longer."""
+
 CHUNK = 1 << 18
-"""Elements handled at once where a scratch tensor is needed: 1 MiB of float32, whatever the size of the model."""
+"""Elements of a scratch tensor elsewhere: 1 MiB of float32."""
+
+WHOLE, RUN = 1 << 12, 1 << 12
+"""In samples: tensors of up to so many elements are read whole; elements of others that are read in a row. Shorter
+runs took longer."""
 
 
 def lerp_reference_(averages: Sequence[Tensor], lives: Sequence[Tensor], rate: float) -> None:
@@ -29,52 +37,63 @@ def lerp_(averages: list[Tensor], lives: list[Tensor], rate: float) -> None:
     torch._foreach_lerp_(averages, lives, rate)
 
 
-def lerp_cast_(averages: Sequence[Sequence[Tensor]], lives: Sequence[Tensor], rates: Sequence[float]) -> None:
-    """The same where dtypes or devices differ, for several averages of the same live tensors.
-
-    ``averages[i][k] += rates[i] * (lives[k] - averages[i][k])``: each live tensor is read and cast once, through one
-    small scratch tensor, never a full-size temporary.
-    """
-    scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-    for live, *several in zip(lives, *averages, strict=True):
-        first = several[0]
-        flats = flat_alike(live, *several)
-        if flats is None:
-            cast = live.to(first.device, first.dtype)
-            for average, rate in zip(several, rates, strict=True):
-                average.lerp_(cast, rate)
-            continue
-        key = (first.device, first.dtype)
-        if key not in scratch:
-            scratch[key] = torch.empty(CHUNK, device=first.device, dtype=first.dtype)
-        flat_live, *flat_averages = flats
-        for start in range(0, live.numel(), CHUNK):
-            part = flat_live[start : start + CHUNK]
-            cast = scratch[key][: part.numel()].copy_(part)
-            for average, rate in zip(flat_averages, rates, strict=True):
-                average[start : start + CHUNK].lerp_(cast, rate)
-
-
-def lerp_several_(averages: Sequence[list[Tensor]], lives: list[Tensor], rates: Sequence[float]) -> None:
+def lerp_several_(averages: Sequence[Sequence[Tensor]], lives: Sequence[Tensor], rates: Sequence[float]) -> None:
     """The same for several averages of one dtype and device, in one pass over the live tensors.
 
-    ``averages[i][k] += rates[i] * (lives[k] - averages[i][k])``, a stretch of at most ``CHUNK`` elements at a time,
-    so that a live tensor is still in the cache when the next average reads it.
+    ``averages[i][k] += rates[i] * (lives[k] - averages[i][k])``, a portion of at most ``STAGED`` elements at a time, so
+    that the live tensors are still in the cache when the next average reads them.
     """
-    for stretch in stretches([live.numel() for live in lives]):
-        for several, rate in zip(averages, rates, strict=True):
-            lerp_(several[stretch], lives[stretch], rate)
+    for own, *several in portions([lives, *averages], STAGED):
+        for part, rate in zip(several, rates, strict=True):
+            lerp_(part, own, rate)
 
 
-def stretches(sizes: Sequence[int]) -> list[slice]:
-    """Cuts a list of tensors of these sizes into stretches of at most ``CHUNK`` elements, or of one tensor."""
-    cuts, held = [0], 0
-    for place, size in enumerate(sizes):
-        if held and held + size > CHUNK:
-            cuts.append(place)
-            held = 0
-        held += size
-    return [slice(start, end) for start, end in itertools.pairwise([*cuts, len(sizes)])]
+def lerp_cast_(averages: Sequence[Sequence[Tensor]], lives: Sequence[Tensor], rates: Sequence[float]) -> None:
+    """The same where the live tensors are of another dtype or on another device than the averages, which share theirs.
+
+    Each live tensor is read and cast once, through one small scratch tensor, never a full-size temporary.
+    """
+    CastLerp(averages, lives)(rates)
+
+
+class CastLerp:
+    """:func:`lerp_cast_` for many updates of the same tensors, which are cut into portions only once.
+
+    It holds views of the tensors: a live tensor that is given other storage asks for a new one.
+
+    Args:
+        averages: lists of tensors, all of one dtype on one device.
+        lives: tensors of the same shapes.
+    """
+
+    def __init__(self, averages: Sequence[Sequence[Tensor]], lives: Sequence[Tensor]) -> None:
+        self._portions = list(_staged([lives, *averages], STAGED, None))
+
+    def __call__(self, rates: Sequence[float]) -> None:
+        """``averages[i][k] += rates[i] * (lives[k] - averages[i][k])``."""
+        for _, casts, (lives, *averages) in self._portions:
+            torch._foreach_copy_(casts, lives)
+            for part, rate in zip(averages, rates, strict=True):
+                lerp_(part, casts, rate)
+
+
+def _staged(
+    lists: Sequence[Sequence[Tensor]], size: int, dtype: torch.dtype | None
+) -> Iterator[tuple[Tensor, list[Tensor], list[list[Tensor]]]]:
+    """Portions with one scratch tensor for all: its used part, views of that like the tensors, and the lists.
+
+    The scratch is of ``dtype``, or that of the second list, on whose device it lies.
+    """
+    scratch = torch.empty(0)
+    for lists_here in portions(lists, size):
+        if scratch.numel() == 0:
+            first = lists_here[1][0]
+            count = min(size, sum(tensor.numel() for tensor in lists[1]))
+            scratch = torch.empty(count, dtype=dtype or first.dtype, device=first.device)
+        sizes = [tensor.numel() for tensor in lists_here[1]]
+        used = scratch[: sum(sizes)]
+        views = [shaped(part, tensor) for part, tensor in zip(torch.split(used, sizes), lists_here[1], strict=True)]
+        yield used, views, lists_here
 
 
 def corrected(average: Tensor, live: Tensor, origin: Tensor, bias: float) -> Tensor:
@@ -87,31 +106,32 @@ def exchange_(first: Tensor, second: Tensor) -> None:
 
     An interruption (Ctrl-C) half way exchanges back what was done, so that nothing is lost or mixed.
     """
-    flats = flat_alike(first, second)
-    if flats is None:
-        _exchange_whole(first, second)
-        return
-    flat_first, flat_second = flats
-    done = 0
+    done: list[tuple[Tensor, Tensor]] = []
     try:
-        for start in range(0, flat_first.numel(), CHUNK):
-            _exchange_whole(flat_first[start : start + CHUNK], flat_second[start : start + CHUNK])
-            done = start + CHUNK
+        for (one,), (other,) in portions([[first], [second]], CHUNK):
+            done.append((one, other))
+            _exchange(one, other)
     except BaseException:
-        for start in range(0, done, CHUNK):
-            _exchange_whole(flat_first[start : start + CHUNK], flat_second[start : start + CHUNK])
+        for one, other in done[:-1]:
+            _exchange(one, other)
         raise
 
 
-def _exchange_whole(first: Tensor, second: Tensor) -> None:
-    kept_first, kept_second = first.clone(), second.clone()
+def _exchange(first: Tensor, second: Tensor) -> None:
+    kept = first.clone()
     try:
-        first.copy_(kept_second)
-        second.copy_(kept_first)
+        first.copy_(second)
+        second.copy_(kept)
     except BaseException:
-        first.copy_(kept_first)
-        second.copy_(kept_second)
+        # an interruption comes between two lines or right after a copy: what a flag said of that could be wrong
+        if not _same_bits(first, kept):
+            second.copy_(first)
+            first.copy_(kept)
         raise
+
+
+def _same_bits(first: Tensor, second: Tensor) -> bool:
+    return torch.equal(first.reshape(-1).view(torch.uint8), second.reshape(-1).view(torch.uint8))
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
@@ -132,37 +152,63 @@ def relative_distance(averages: Sequence[Tensor], lives: Sequence[Tensor]) -> fl
 
 
 def squared_norms(averages: Sequence[Tensor], lives: Sequence[Tensor]) -> Tensor:
-    """``[||live - average||^2, ||live||^2]`` over all tensors together, in float64, on the CPU."""
+    """``[||live - average||^2, ||live||^2]`` over all tensors together, in float64, on the CPU.
+
+    Each portion of ``CHUNK`` elements is summed in the averages' dtype, at least float32.
+    """
+    kinds = [(average.device, average.dtype) for average in averages]
     sums = torch.zeros(2, dtype=torch.float64)
-    for average, live in zip(averages, lives, strict=True):
-        cast = live.to(average.device, average.dtype)
-        sums[0] += torch.linalg.vector_norm(cast - average).item() ** 2
-        sums[1] += torch.linalg.vector_norm(cast).item() ** 2
+    for kind in dict.fromkeys(kinds):
+        places = [place for place, this in enumerate(kinds) if this == kind]
+        sums += _squared_norms([averages[place] for place in places], [lives[place] for place in places])
     return sums
+
+
+def _squared_norms(averages: Sequence[Tensor], lives: Sequence[Tensor]) -> Tensor:
+    device, dtype = averages[0].device, torch.promote_types(averages[0].dtype, torch.float32)
+    sums: list[Tensor] = []
+    for scratch, views, (own, kept) in _staged([lives, averages], CHUNK, dtype):
+        first = own[0]
+        if len(own) == 1 and first.dim() == 1 and (first.device, first.dtype) == (device, dtype):
+            norm = torch.vdot(first, first).real  # read where it lies
+            torch.sub(first, kept[0], out=scratch)
+        else:
+            torch._foreach_copy_(views, own)
+            norm = torch.vdot(scratch, scratch).real
+            torch._foreach_sub_(views, kept)
+        sums.append(torch.stack([torch.vdot(scratch, scratch).real, norm]))
+    return torch.stack(sums).cpu().double().sum(0)
+
+
+def sampled_distance(averages: Sequence[Tensor], lives: Sequence[Tensor], share: float = 1 / 128) -> float:
+    """About ``||live - average|| / ||live||``, from a ``share`` in (0, 1] of the elements: the same ones at each call.
+
+    Tensors of at most ``WHOLE`` elements, and those that are not contiguous, are read whole; of the others runs of
+    about ``RUN`` elements at even distances, each of which stands for ``1 / share`` times as many.
+    """
+    whole: list[tuple[Tensor, Tensor]] = []
+    runs: list[tuple[Tensor, Tensor]] = []
+    for average, live in zip(averages, lives, strict=True):
+        if average.numel() > WHOLE and average.is_contiguous() and live.is_contiguous():
+            runs.append((_runs(average, share), _runs(live, share)))
+        else:
+            whole.append((average, live))
+    squares = torch.zeros(2, dtype=torch.float64)
+    for pairs, weight in ((whole, 1.0), (runs, 1 / share)):
+        if pairs:
+            squares += weight * squared_norms(*zip(*pairs, strict=True))
+    return ratio(squares)
+
+
+def _runs(tensor: Tensor, share: float) -> Tensor:
+    """Runs at even distances, which together are ``share`` of a contiguous tensor."""
+    count = tensor.numel()
+    runs = max(1, round(count * share / RUN))
+    length = min(count // runs, max(1, round(count * share / runs)))
+    return tensor.as_strided((runs, length), (count // runs, 1), tensor.storage_offset())
 
 
 def ratio(squares: Tensor) -> float:
     """The root of the first over the root of the second; 0 where that is 0."""
     difference, norm = squares.sqrt().tolist()
     return float(difference / norm) if norm > 0 else 0.0
-
-
-def flat_alike(*tensors: Tensor) -> list[Tensor] | None:
-    """The tensors as vectors of their elements in one common memory order, without a copy; None where impossible.
-
-    Possible where all have the same strides and fill their memory without gaps or overlaps: contiguous,
-    channels_last, transposed.
-    """
-    if any(tensor.stride() != tensors[0].stride() for tensor in tensors) or not _is_dense(tensors[0]):
-        return None
-    return [tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset()) for tensor in tensors]
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True

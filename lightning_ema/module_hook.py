@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from types import MethodType
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule
 from torch import nn
@@ -21,7 +21,11 @@ class ModuleHook:
 
     It is the one public way to see a weights-only save, and a load before it happens. It holds the callback weakly
     and acts only for the module it was hung on: a deep copy or a pickle of the module gets its class's own method back.
+
+    Where somebody wrapped it, so that it hangs twice, ``around`` is called once.
     """
+
+    _running: ClassVar[set[Around]] = set()
 
     def __init__(self, module: LightningModule, name: str, around: Around) -> None:
         self._module = weakref.ref(module)
@@ -34,16 +38,22 @@ class ModuleHook:
         if module is None:
             return
         own = self._own or _method_of_class(module, self._name)
-        if around is None:
+        if around is None or around in self._running:
             own(checkpoint)
-        else:
+            return
+        self._running.add(around)
+        try:
             around(module, checkpoint, own)
+        finally:
+            self._running.discard(around)
 
     @classmethod
     def hang(cls, module: LightningModule, name: str, around: Around) -> None:
-        """Hangs a hook on the module, unless it hangs there already."""
+        """Hangs a hook on the module, unless it hangs there already, be it below others of this kind."""
         hook = vars(module).get(name)
-        if not isinstance(hook, cls) or hook._around() != around:
+        while isinstance(hook, cls) and hook._around() != around:
+            hook = hook._own
+        if not isinstance(hook, cls):
             setattr(module, name, cls(module, name, around))
 
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from lightning_ema.kernels import CHUNK, flat_alike
+from lightning_ema.kernels import CHUNK, lerp_cast_, lerp_several_
+from lightning_ema.portions import portions, shaped
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +35,7 @@ class Update:
 class Offload:
     """Runs ``average += rate * (live - average)`` in a thread of its own, one update at a time.
 
-    The live weights pass through two pinned buffers of ``CHUNK`` elements in turn: while one chunk is copied, the one
+    The live weights pass through two pinned buffers of ``CHUNK`` elements in turn: while one portion is copied, the one
     before it is absorbed. They must not change meanwhile, so that every optimizer of torch waits before its step;
     forward and backward pass do not.
 
@@ -92,54 +93,34 @@ class Offload:
         return {"waits": self.waits, "_thread": None, "_hook": None, "_error": None}
 
 
-@dataclass(frozen=True, eq=False)
-class _Chunk:
-    live: Tensor
-    averages: list[Tensor]
-
-
 def absorb_through_buffers_(update: Update, ready: Any = None) -> None:
     """Makes an update through two buffers beside the averages, once the event ``ready`` of the device has passed."""
     device = update.lives[0].device
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
     if stream is not None and ready is not None:
         stream.wait_event(ready)
-    buffers = [torch.empty(CHUNK, dtype=update.lives[0].dtype, pin_memory=stream is not None) for _ in range(2)]
-    before: tuple[Tensor, Any, _Chunk] | None = None
-    for number, chunk in enumerate(_chunks(update)):
+    lives = [live.detach() for live in update.lives]
+    buffers = [torch.empty(CHUNK, dtype=lives[0].dtype, pin_memory=stream is not None) for _ in range(2)]
+    before: tuple[list[Tensor], Any, list[list[Tensor]]] | None = None
+    for number, (here, *averages) in enumerate(portions([lives, *update.averages], CHUNK)):
+        sizes = [live.numel() for live in here]
+        parts = torch.split(buffers[number % 2][: sum(sizes)], sizes)
+        copies = [shaped(part, average) for part, average in zip(parts, averages[0], strict=True)]
         with torch.cuda.stream(stream) if stream is not None else nullcontext():
-            copy = _room(buffers[number % 2], chunk.live).copy_(chunk.live, non_blocking=stream is not None)
+            torch._foreach_copy_(copies, here, non_blocking=stream is not None)
             copied = _now(device)
         if before is not None:
             _absorb(*before, update.rates)
-        before = copy, copied, chunk
+        before = copies, copied, averages
     if before is not None:
         _absorb(*before, update.rates)
 
 
-def _absorb(copy: Tensor, copied: Any, chunk: _Chunk, rates: Sequence[float]) -> None:
+def _absorb(copies: list[Tensor], copied: Any, averages: list[list[Tensor]], rates: Sequence[float]) -> None:
     if copied is not None:
         copied.synchronize()
-    live = copy.to(chunk.averages[0].dtype)
-    for average, rate in zip(chunk.averages, rates, strict=True):
-        average.lerp_(live, rate)
-
-
-def _chunks(update: Update) -> Iterator[_Chunk]:
-    for live, *several in zip(update.lives, *update.averages, strict=True):
-        flats = flat_alike(live.detach(), *several)
-        if flats is None:  # memory with gaps: the whole tensor at once
-            yield _Chunk(live.detach(), several)
-            continue
-        flat_live, *flat_averages = flats
-        for start in range(0, live.numel(), CHUNK):
-            end = start + CHUNK
-            yield _Chunk(flat_live[start:end], [average[start:end] for average in flat_averages])
-
-
-def _room(buffer: Tensor, live: Tensor) -> Tensor:
-    fits = live.numel() <= buffer.numel()
-    return buffer[: live.numel()].view(live.shape) if fits else torch.empty(live.shape, dtype=live.dtype)
+    alike = copies[0].dtype == averages[0][0].dtype
+    (lerp_several_ if alike else lerp_cast_)(averages, copies, rates)
 
 
 def _now(device: torch.device) -> Any:

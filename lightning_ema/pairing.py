@@ -39,17 +39,16 @@ class Pairing:
     Attributes:
         started: whether averages are stored.
         identities: ``id`` of every averaged live tensor.
-        groups: the processes among which some of them are cut.
     """
 
     def __init__(self, module: nn.Module, settings: Settings, into: nn.Module | None, shard: bool) -> None:
         self.started = False
         self.identities: frozenset[int] = frozenset()
-        self.groups: Groups = ()
         self._module = module
         self._settings = settings
         self._shard = shard
-        self._targets = None if into is None else {n: c.tensor for c in Survey(into).candidates for n in c.names}
+        self._into = None if into is None else Survey(into)
+        self._targets = None if self._into is None else {n: c.tensor for c in self._into.candidates for n in c.names}
         self._keeps_origin = any(schedule.corrects for schedule in settings.decays)
         self._offload = Offload()
         self._pairs: dict[str, Pair] = {}
@@ -75,6 +74,11 @@ class Pairing:
         """How often training had to wait for an update in host memory."""
         return self._offload.waits
 
+    @property
+    def groups(self) -> Groups:
+        """The processes among which some of the averages are cut. Not kept: they cannot be copied or pickled."""
+        return tuple(dict.fromkeys(group for pair in self.pairs() for group in pair.groups))
+
     def start(self) -> None:
         """Sets every average to the live tensor."""
         self.started = True
@@ -82,13 +86,13 @@ class Pairing:
         with torch.no_grad():
             for pair in self._pairs.values():
                 for tensor in pair.stored:
-                    tensor.copy_(pair.part(pair.live))
+                    tensor.copy_(pair.beside(pair.live))
 
     def forget(self) -> None:
         """Gives the averages up, as before the start."""
         self.started = False
         for pair in self.pairs():
-            pair.averages, pair.origin = [], None
+            pair.averages, pair.origin, pair.share = [], None, None
         self._arrange()
 
     def absorb(self, lives: list[Tensor], rates: Sequence[float]) -> None:
@@ -112,8 +116,10 @@ class Pairing:
         return self._lives
 
     def settle(self) -> None:
-        """Makes the module show the tensors that are paired, where a forward pass left others in their place."""
+        """Makes the modules show the tensors that are paired, where a forward pass left others in their place."""
         self._survey.settle()
+        if self._into is not None:
+            self._into.settle()  # its next forward pass would go on with copies from before the update
 
     def refresh_if_stale(self, trust_structure_once: bool = False) -> None:
         """Pairs again if a tensor was unfrozen, added, replaced, moved or cast since the last time.
@@ -203,6 +209,7 @@ class Pairing:
     def _refresh(self) -> None:
         self._offload.finish()
         self._survey = Survey(self._module)
+        self.settle()
         before, taken = self._pairs, {}
         for candidate in self._survey.candidates:
             if candidate.name in before or self._takes(candidate):
@@ -257,6 +264,8 @@ class Pairing:
             and can_be_shared(candidate.tensor.detach())
             and (name not in before or not before[name].averages or before[name].shape != candidate.tensor.shape)
         ]
+        if not new:
+            return {}  # without asking a process group, which may be gone after a run
         return {c.name: share for c, share in zip(new, shares([c.tensor for c in new]), strict=True)}
 
     def _pair(self, candidate: Candidate, known: Pair | None, new_share: Share | None) -> Pair:
@@ -322,7 +331,6 @@ class Pairing:
         self._ordered = ordered
         self._absorbed = [pair for pair in ordered if pair.share is None or not pair.share.empty]
         self._expect()
-        self.groups = tuple(dict.fromkeys(group for pair in ordered for group in pair.groups))
         self._groups: list[_Group] = []
         for pair in ordered:
             unshared = holders[_storage(pair.candidate)] == 1 and not pair.candidate.aliases

@@ -59,14 +59,10 @@ def plot_schedules(
     check_count(gap, "every", at_least=1)
     if steps < gap:
         raise ValueError(f"steps={steps} and every={gap}: there is no update in so few steps; take more steps.")
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("drawing needs matplotlib, which is not installed: pip install matplotlib") from error
+    figure = empty_figure(path, inches)
     timeline = every(gap, steps)
     at = timeline.steps(0, timeline.num_updates)
     shown = torch.linspace(0, len(at) - 1, min(len(at), POINTS)).long()
-    figure = Figure(figsize=inches, layout="constrained")
     left, right = figure.subplots(1, 2)
     highest, shares = 0.0, []
     for text, schedule in schedules.items():
@@ -88,3 +84,23 @@ def plot_schedules(
     target = Path(path)
     figure.savefig(target, dpi=100)
     return target
+
+
+def empty_figure(path: str | Path, inches: tuple[float, float]) -> Any:
+    """A figure of matplotlib to be saved under ``path``, so that it is known before any work that it can be.
+
+    Raises:
+        ValueError: matplotlib does not know the suffix.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("drawing needs matplotlib, which is not installed: pip install matplotlib") from error
+    figure = Figure(figsize=inches, layout="constrained")
+    suffix, known = Path(path).suffix.lstrip("."), figure.canvas.get_supported_filetypes()
+    if suffix and suffix.lower() not in known:
+        raise ValueError(
+            f"{path}: pictures cannot be written as {suffix!r}; the suffixes known are {', '.join(known)}."
+        )
+    return figure

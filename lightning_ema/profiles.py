@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from lightning_ema.spelling import read_schedule
 
 CHUNK = 1 << 16
 """Updates handled at once where memory is to be bounded."""
+
+NEGLIGIBLE_AGE = 1e-6
+"""In steps: states that cannot change a mean age by more are not read, so that a long run is not read to its start."""
 
 
 class Timeline:
@@ -131,6 +135,45 @@ def mean_age(weights: Tensor, timeline: Timeline) -> float:
     steps = timeline.steps(0, timeline.num_updates)
     ages = timeline.num_steps - torch.cat([steps.new_zeros(1), steps])
     return float(weights @ ages.to(torch.float64))
+
+
+@dataclass(frozen=True)
+class Ages:
+    """How an average is made up of old and new states.
+
+    Attributes:
+        mean: ``sum_i w(i) * (s(U) - s(i))``, in steps before the last update.
+        start: ``w(0)``, the share of the state at the start; 0 where that is below ``NEGLIGIBLE_AGE / s(U)``.
+    """
+
+    mean: float
+    start: float
+
+
+def ages(timeline: Timeline, schedule: Schedule | None = None, decay_per: DecayPer = "step") -> Ages:
+    """How old what is averaged is, without keeping the profile; read from the last update back as far as needed.
+
+    Args:
+        timeline: of one update or more.
+        schedule: that of all updates; None: those recorded.
+        decay_per: how an update that covers several steps reads ``schedule``.
+
+    Raises:
+        ValueError: a schedule recorded is not of this package.
+    """
+    mean, share = 0.0, 1.0
+    for after, upto in timeline.chunks([timeline.num_updates]):
+        if schedule is None:
+            decays = timeline.decays(after, upto)
+        else:
+            decays = timeline.decays_of(schedule, decay_per, after, upto)
+        weights, left = weights_of(decays)
+        before = timeline.num_steps - timeline.steps(after, upto)
+        mean += share * float(weights @ before.to(torch.float64))
+        share *= float(left)
+        if share * timeline.num_steps < NEGLIGIBLE_AGE:
+            return Ages(mean, 0.0)
+    return Ages(mean + share * timeline.num_steps, share)
 
 
 def every(gap: int, upto: int) -> Timeline:

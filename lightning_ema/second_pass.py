@@ -27,7 +27,12 @@ from lightning_ema.evaluation_loop import (
 from lightning_ema.loaders import parts
 from lightning_ema.randomness import RandomStates
 
-_STRATEGIES = {"SingleDeviceStrategy": True, "DDPStrategy": True, "DeepSpeedStrategy": False}
+_STRATEGIES = {
+    "SingleDeviceStrategy": True,
+    "DDPStrategy": True,
+    "ModelParallelStrategy": True,
+    "DeepSpeedStrategy": False,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +58,8 @@ def check(trainer: Trainer, asked: str) -> None:
     kinds = [kind.__name__ for kind in type(trainer.strategy).__mro__]
     if not next((_STRATEGIES[kind] for kind in kinds if kind in _STRATEGIES), False):
         raise ValueError(
-            f"{asked} does not work with {kinds[0]}: a second pass over the data is run on a single device or "
-            f"under DDP. Use strategy='ddp', or leave {asked} out."
+            f"{asked} does not work with {kinds[0]}: a second pass over the data is run on a single device, under DDP "
+            f"or under ModelParallelStrategy. Use one of these, or leave {asked} out."
         )
     missing = [name for name in NEEDED if not hasattr(trainer.validate_loop, name)]
     if missing:

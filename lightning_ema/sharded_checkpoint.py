@@ -8,16 +8,19 @@ folder   they leave the entry for a slot of their own, of which every process wr
          belongs there. Every process also writes the id of the save, since a folder that was being overwritten when a
          run was killed holds shards of two saves
 
-All functions but :func:`in_slot` must be called by all processes.
+All functions but :func:`in_slot`, :func:`put_back` and :func:`whole` must be called by all processes.
 """
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from lightning_ema.shards import empty_like, gathered, is_sharded, one_of_each_process
@@ -36,6 +39,7 @@ def gather(entry: dict[str, Any], keep: bool) -> None:
                     tensors[name] = whole.cpu()
                 else:
                     del tensors[name]
+                del whole  # before the next one is gathered
 
 
 def set_apart(entry: dict[str, Any], slot_name: str, save_id: int) -> Slot:
@@ -82,10 +86,6 @@ def read(entry: dict[str, Any], folder: Path, model: dict[str, Tensor]) -> Slot:
     return slot
 
 
-def _empty(dtypes: dict[str, str], model: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: empty_like(model[name], getattr(torch, of), model[name].device) for name, of in dtypes.items()}
-
-
 def check(entry: dict[str, Any], folder: Path) -> None:
     """Refuse a folder in which the shards of several saves lie beside one another.
 
@@ -95,19 +95,67 @@ def check(entry: dict[str, Any], folder: Path) -> None:
     note = entry["sharded"]
     stamp = torch.zeros(note["processes"], dtype=torch.int64)
     load({note["slot"]: {"save_id": stamp}}, checkpoint_id=folder)
+    _check_stamp(stamp, note, str(folder))
+
+
+def _check_stamp(stamp: Tensor, note: dict[str, Any], where: str) -> None:
     if stamp.ne(note["save_id"]).any():
         raise ValueError(
-            f"{folder} holds shards of two saves: it was being overwritten when the run ended. Resume from another "
+            f"{where} holds shards of two saves: it was being overwritten when the run ended. Resume from another "
             "checkpoint. ModelCheckpoint(save_top_k=2) keeps one more, and writes each into a folder of its own."
         )
 
 
 def in_slot(entry: dict[str, Any], checkpoint: dict[str, Any]) -> Slot | None:
-    """The slot that an entry notes where it stands in the checkpoint itself, as in a consolidated file."""
-    return checkpoint.get(entry["sharded"]["slot"])
+    """The slot that an entry notes where it stands in the checkpoint itself, as in a consolidated file.
+
+    Raises:
+        ValueError: the folder that was consolidated held the shards of several saves.
+    """
+    slot: Slot | None = checkpoint.get(entry["sharded"]["slot"])
+    if slot is not None:
+        _check_stamp(slot["save_id"], entry["sharded"], "the checkpoint")
+    return slot
 
 
 def put_back(entry: dict[str, Any], slot: Slot) -> None:
     """Puts the tensors of a slot into the entry that notes them."""
     for kind, tensors in tensor_sets(entry).items():
         tensors.update(slot.get(kind, {}))
+
+
+def whole(folder: Path, trust: bool = False) -> dict[str, Any]:
+    """The content of a folder as that of a file, in one process; without the states of optimizers.
+
+    Args:
+        folder: the folder.
+        trust: allow its ``meta.pt`` to run code while it is read.
+
+    Raises:
+        ValueError: the folder is no complete checkpoint.
+    """
+    missing = [name for name in (_SHARDS, _REST) if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{folder} is no complete checkpoint: {' and '.join(missing)} missing. Either its save did not end, or it "
+            "is no checkpoint of a Trainer."
+        )
+    content: dict[str, Any] = torch.load(folder / _REST, map_location="cpu", weights_only=not trust)
+    notes = [e["sharded"] for e in content.get("callbacks", {}).values() if isinstance(e, dict) and "sharded" in e]
+    wanted = {"state_dict", *(note["slot"] for note in notes)}
+    tensors: dict[str, Any] = {}
+    metadata = FileSystemReader(folder).read_metadata()
+    for key, (first, *rest) in metadata.planner_data.items():
+        stored = metadata.state_dict_metadata[key]
+        if first in wanted and isinstance(stored, TensorStorageMetadata):
+            place = tensors.setdefault(first, {})
+            for part in rest[:-1]:
+                place = place.setdefault(part, {})
+            place[rest[-1]] = torch.empty(stored.size, dtype=stored.properties.dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*single process")  # which is meant here
+        load(tensors, checkpoint_id=folder)
+    return {**content, **tensors}
+
+
+_SHARDS, _REST = ".metadata", "meta.pt"  # what torch and what Lightning writes last

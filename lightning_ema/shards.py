@@ -39,19 +39,13 @@ def version(tensor: Tensor) -> int:
 
 def empty_like(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor that does not require grad, and is cut like the given one."""
-    pinned = (
-        device.type == "cpu" and tensor.device.type == "cuda"
-    )  # so that copies between the two need not be waited for
-    own = torch.empty_like(local(tensor), dtype=dtype, device=device, requires_grad=False, pin_memory=pinned)
-    if not isinstance(tensor, DTensor):
-        return own
-    if own.device.type != tensor.device_mesh.device_type:
+    if isinstance(tensor, DTensor) and device.type != tensor.device.type:
         raise ValueError(
-            f"device={str(device)!r} for weights that are sharded over {tensor.device_mesh.device_type!r} devices: "
-            "their average lies beside them. Leave device out."
+            f"device={str(device)!r} for weights whose shards lie on {tensor.device.type!r}: their average lies beside "
+            "them. Leave device out."
         )
-    mesh, cut = tensor.device_mesh, tensor.placements
-    return DTensor.from_local(own, mesh, cut, run_check=False, shape=tensor.shape, stride=tensor.stride())
+    pinned = device.type == "cpu" and tensor.device.type == "cuda"  # else copies between the two are waited for
+    return torch.empty_like(tensor, dtype=dtype, device=device, requires_grad=False, pin_memory=pinned)
 
 
 def write(target: Tensor, value: Tensor) -> None:

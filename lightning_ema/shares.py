@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_ema.kernels import flat_alike
+from lightning_ema.portions import flat_alike
 from lightning_ema.shards import Groups
 
 Reconcile = Literal["first", "mean"]

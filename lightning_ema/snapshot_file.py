@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lightning_ema.average import WeightAverage
 from lightning_ema.history import History, Stretch
 from lightning_ema.selection import Survey, without_wrappers
+from lightning_ema.shards import gathered, local
 
 FORMAT = 1
 """The format that is written, and the only one that is read so far."""
@@ -71,15 +72,21 @@ class Snapshot:
     entries: tuple[Entry, ...]
 
 
-def pack(averages: Sequence[WeightAverage]) -> dict[str, Any]:
+def pack(averages: Sequence[WeightAverage], keep: bool = True) -> dict[str, Any]:
     """The content of a snapshot of averages of one module.
+
+    Where weights or averages are spread over processes all must call it: each tensor is gathered in its turn.
+
+    Args:
+        averages: of one module.
+        keep: whether this process is to have the tensors; without it they are empty.
 
     Raises:
         ValueError: the module's ``state_dict`` renames and converts what is averaged, so that it cannot be told apart.
     """
     first = averages[0]
     tensors = {key: value for key, value in first.module.state_dict().items() if isinstance(value, Tensor)}
-    entries = _entries(first.module, dict(first.named_tensors()), tensors)
+    entries = _entries(first.module, {name for name, _ in first.named_live()}, tensors)
     return {
         "format": FORMAT,
         "run": first.history.run,
@@ -89,12 +96,12 @@ def pack(averages: Sequence[WeightAverage]) -> dict[str, Any]:
             {
                 "config": average.settings.describe(),
                 "stretches": average.history.state_dict()["stretches"],
-                "tensors": {name: _alone(tensor) for name, tensor in average.named_tensors()},
+                "tensors": {name: _alone(tensor, keep) for name, tensor in average.named_tensors()},
             }
             for average in averages
         ],
         "entries": [[entry.key, entry.name, str(entry.dtype).removeprefix("torch.")] for entry in entries],
-        "rest": {entry.key: _alone(tensors[entry.key]) for entry in entries if not entry.name},
+        "rest": {entry.key: _alone(tensors[entry.key], keep) for entry in entries if not entry.name},
     }
 
 
@@ -162,19 +169,20 @@ def read(path: Path) -> Snapshot:
         raise ValueError(f"{path} is damaged ({error!r}). Leave it out or delete it.") from error
 
 
-def _entries(module: nn.Module, averages: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[Entry]:
+def _entries(module: nn.Module, averages: Set[str], tensors: Mapping[str, Tensor]) -> list[Entry]:
     """Finds what is averaged by its memory, which tells it also where a hook renamed it, and else by its name."""
     survey = Survey(module)
     averaged = [candidate for candidate in survey.candidates if candidate.name in averages]
     by_name = {name: candidate.name for candidate in averaged for name in candidate.names}
-    by_memory = {_memory(candidate.tensor): candidate.name for candidate in averaged if candidate.tensor.numel()}
+    by_memory = {_memory(candidate.tensor): candidate.name for candidate in averaged if local(candidate.tensor).numel()}
     entries = []
     for key, tensor in tensors.items():
-        name = by_memory.get(_memory(tensor)) or by_name.get(without_wrappers(key), "")
+        of_memory = by_memory.get(_memory(tensor)) if local(tensor).numel() else None
+        name = of_memory or by_name.get(without_wrappers(key), "")
         entries.append(Entry(key, name, tensor.dtype))
     floats = [entry.key for entry in entries if not entry.name and entry.dtype.is_floating_point]
     unknown = [key for key in floats if without_wrappers(key) not in survey.tensors]
-    lost = averages.keys() - {entry.name for entry in entries}
+    lost = averages - {entry.name for entry in entries}
     if lost and unknown:
         raise ValueError(
             f"the state_dict of {type(module).__name__} has no entry for {', '.join(sorted(lost))}, and others that "
@@ -185,12 +193,15 @@ def _entries(module: nn.Module, averages: Mapping[str, Tensor], tensors: Mapping
 
 
 def _memory(tensor: Tensor) -> tuple[object, ...]:
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+    return local(tensor).data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
-def _alone(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU, without the rest of a larger storage that it may be a view into."""
-    tensor = tensor.detach().cpu()
+def _alone(tensor: Tensor, keep: bool) -> Tensor:
+    """The whole tensor on the CPU, without the rest of a larger storage that it may be a view into."""
+    tensor = gathered(tensor.detach())
+    if not keep:
+        return torch.empty(0)
+    tensor = tensor.cpu()
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if whole else tensor.clone()
 

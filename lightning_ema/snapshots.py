@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from lightning_ema import snapshot_file
 from lightning_ema.average import WeightAverage
 from lightning_ema.checks import check_count
 from lightning_ema.history import joined
 from lightning_ema.schedules import Schedule
+from lightning_ema.shares import is_first
 from lightning_ema.spelling import write_schedule
 
 _NAME = re.compile(r"snapshot-([0-9a-f]{8})-(\d+)\.pt")
@@ -56,7 +55,7 @@ class Snapshots:
 
 
 def take(snapshots: Snapshots, averages: Sequence[WeightAverage]) -> Path | None:
-    """Writes a snapshot where one is due; to be called after each ``average.step()``.
+    """Writes a snapshot where one is due; to be called after each ``average.step()``, in all processes.
 
     Args:
         snapshots: how often, where to, how many.
@@ -95,10 +94,12 @@ def write(snapshots: Snapshots, averages: Sequence[WeightAverage]) -> Path | Non
         raise ValueError(f"the averages start at step {first.start_step}; there is nothing to take a snapshot of yet.")
     if not first.history.run:
         _begin(averages)
-    if _rank() != 0:
+    writes, together = is_first(), first.sharded or first.processes > 1
+    content = snapshot_file.pack(averages, keep=writes) if writes or together else {}
+    if not writes:
         return None
     path = _path(directory, first.history.run, first.last_update_step)
-    snapshot_file.save(snapshot_file.pack(averages), path)
+    snapshot_file.save(content, path)
     first.history.snapshots = sorted({*first.history.snapshots, first.last_update_step})
     discard_future(snapshots, averages)
     start = first.start_step
@@ -121,7 +122,7 @@ def discard_future(snapshots: Snapshots, averages: Sequence[WeightAverage]) -> l
     """
     directory = check(snapshots, averages)
     history = averages[0].history
-    if not history.run or _rank() != 0:
+    if not history.run or not is_first():
         return []
     present = steps_in(directory, history.run)
     if averages[0].last_update_step in present:  # written after the checkpoint, at the end of the run resumed
@@ -241,8 +242,3 @@ def _begin(averages: Sequence[WeightAverage]) -> None:
 def _counters(average: WeightAverage) -> tuple[object, ...]:
     updates = joined(average.history.stretches)
     return average.module, average.started, average.start_step, average.last_update_step, updates
-
-
-def _rank() -> int:
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_rank() if distributed else 0

@@ -29,40 +29,48 @@ def name_of(function):
     return getattr(function, "attr", getattr(function, "id", None))
 
 
-def texts_of(node, functions):
-    """What an expression says: a string, or what the function returns that it calls."""
+def texts_of(node, functions, assigned):
+    """What an expression says: a string, what the function returns that it calls, or what a variable was given."""
     if (text := spelled(node)) is not None:
         return [text]
+    if isinstance(node, ast.Name):
+        return [text for value in assigned.get(node.id, []) for text in texts_of(value, functions, {})]
     if isinstance(node, ast.Call) and (function := functions.get(name_of(node.func))):
         returned = [found.value for found in ast.walk(function) if isinstance(found, ast.Return) and found.value]
-        return [text for value in returned for text in [spelled(value)] if text is not None]
+        return [text for value in returned for text in texts_of(value, functions, {})]
     return []
 
 
-def said(source, functions):
+def assignments(tree):
+    found = {}
+    for node in ast.walk(tree):
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        for target in targets if isinstance(node, ast.Assign | ast.NamedExpr) else []:
+            if isinstance(target, ast.Name):
+                found.setdefault(target.id, []).append(node.value)
+    return found
+
+
+def said(tree, functions):
     """The texts that a file raises, warns of or logs."""
-    tree = ast.parse(source)
-    functions = functions | {f.name: f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)}
+    assigned = assignments(tree)
     for node in ast.walk(tree):
         call = node.exc if isinstance(node, ast.Raise) else node
         if isinstance(call, ast.Call) and call.args and (call is not node or name_of(call.func) in SAYS):
-            for text in texts_of(call.args[0], functions):
-                if re.search(r"\w{3}", text.replace("EMACallback", "").replace("MeanTeacher", "")):  # no bare prefix
-                    yield re.sub(r"\s+", " ", text).strip()
+            for text in texts_of(call.args[0], functions, assigned):
+                if re.search(r"\w{3}", re.sub("EMACallback|MeanTeacher", "", text)):  # else it is a bare prefix
+                    yield re.sub(r"\s+", " ", text.replace("`", "")).strip()
 
 
 def messages():
     """Each text with the files that say it."""
-    files = sorted((ROOT / "lightning_ema").glob("*.py"))
-    advice = ast.parse((ROOT / "lightning_ema" / "advice.py").read_text())
-    remarks = {f.name: f for f in advice.body if isinstance(f, ast.FunctionDef) and f.name != "horizon"}
+    trees = {path.name: ast.parse(path.read_text()) for path in sorted((ROOT / "lightning_ema").glob("*.py"))}
+    everywhere = {f.name: f for tree in trees.values() for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)}
     found = {}
-    for path in files:
-        for text in said(path.read_text(), remarks):
-            found.setdefault(text, set()).add(path.name)
-    for remark in remarks.values():  # some are kept in a variable before they are said
-        for text in texts_of(ast.Call(ast.Name(remark.name), [], []), remarks):
-            found.setdefault(re.sub(r"\s+", " ", text), {"advice.py"})
+    for name, tree in trees.items():
+        here = {f.name: f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)}
+        for text in said(tree, {**everywhere, **here}):
+            found.setdefault(text, set()).add(name)
     return found
 
 
@@ -79,8 +87,8 @@ def entries(page):
 
 
 def beginning(text):
-    """Enough of a message to know it by: its first sentence, without code that would end the entry's own."""
-    return re.split(r"(?<=\w[.:;])\s|`", text)[0].strip().rstrip(".:;") if len(text) > 60 else text.replace("`", "")
+    """Enough of a message to know it by: its first sentence, or the part of it before a semicolon."""
+    return re.split(r"(?<=\w[.;])\s", text)[0].rstrip(".;")
 
 
 def without_entry():

@@ -7,7 +7,7 @@ from helpers import clones, ema, equal, fit, seeded
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lightning_ema import Constant, EMACallback, export, export_average
+from lightning_ema import Constant, Cosine, EMACallback, export, export_average
 from lightning_ema.__main__ import main
 
 
@@ -27,7 +27,28 @@ def test_safetensors_hold_the_averaged_model_and_say_where_it_is_from(run, tmp_p
     path = export_average(folder / "full.ckpt", tmp_path / "out.safetensors")
     assert equal(load_file(path), state)
     with safe_open(path, "pt") as file:
-        assert file.metadata() == {"average": "ema", "steps": "12", "decay": "Warmup(0.9)"}
+        assert file.metadata() == {
+            "average": "ema",
+            "steps": "12",
+            "updates": "12",
+            "decay": "Warmup(0.9)",
+            "decay_in_force": "0.590909",  # (1 + 12) / (10 + 12)
+            "horizon": "2.44444",  # 22 / 9
+        }
+
+
+def test_each_of_several_averages_names_its_own_decay_and_horizon(tmp_path):
+    callback = EMACallback([0.5, Constant(0.99), Cosine(0.6, 1.0)], start_step=2)
+    fit(seeded(), callback).save_checkpoint(tmp_path / "x.ckpt")
+    told = []
+    for which in range(3):
+        path = export_average(tmp_path / "x.ckpt", tmp_path / f"{which}.safetensors", which=which)
+        with safe_open(path, "pt") as file:
+            told.append(file.metadata())
+    assert [one["which"] for one in told] == ["0", "1", "2"]
+    assert {one["updates"] for one in told} == {"10"} and {one["steps"] for one in told} == {"12"}
+    assert [one["decay_in_force"] for one in told] == ["0.5", "0.99", "1"]  # the 10th of 10 steps since the start
+    assert [one["horizon"] for one in told] == ["2", "100", "inf"]
 
 
 def test_a_pt_file_and_a_checkpoint_in_memory(run, tmp_path):

@@ -10,7 +10,7 @@ import lightning_ema
 ROOT = Path(lightning_ema.__file__).parent
 LAYERS = [
     {"checks", "choice", "state", "ramps", "logits", "shards"},
-    {"schedules"},
+    {"schedules", "portions"},
     {
         "compositions",
         "advice",
@@ -27,6 +27,7 @@ LAYERS = [
     {"settings", "loan", "footprint", "recalibration", "aside", "metrics", "spelling", "views"},
     {"pairing", "history"},
     {"course", "profiles"},
+    {"report"},
     {"average"},
     {
         "checkpoint",
@@ -47,10 +48,13 @@ LAYERS = [
         "plot_command",
         "teacher_callback",
         "distributed_checkpoint",
+        "found",
     },
-    {"snapshots", "recipe", "teacher"},
-    {"callback", "semi_supervised_data", "synthesis", "recipes_openmmlab", "recipes_pytorch", "recipes_yolo"},
-    {"recipes", "synthesize_command"},
+    {"snapshots", "recipe", "teacher", "naming", "readers_lightning", "readers_openmmlab", "readers_pytorch"},
+    {"callback", "semi_supervised_data", "combination", "recipes_openmmlab", "recipes_pytorch", "recipes_yolo"},
+    {"recipes", "synthesis", "interop"},
+    {"recommendation", "synthesize_command", "import_command"},
+    {"recommend_command"},
     {"__init__", "__main__"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
@@ -63,8 +67,10 @@ ALLOWED_OUTSIDE = {
     "compositions": set(),
     "spelling": set(),
     "advice": set(),
+    "report": set(),
     **{name: set() for name in ("recipe", "recipes_openmmlab", "recipes_pytorch", "recipes_yolo", "recipes")},
     "checkpoint": {"torch"},
+    "import_command": set(),
     **{
         name: {"lightning", "torch"}
         for name in ("callback", "distributed_checkpoint", "evaluation_loop", "module_hook", "second_pass")

@@ -6,6 +6,8 @@ import torch
 from lightning_ema import kernels
 from lightning_ema.kernels import (
     CHUNK,
+    STAGED,
+    CastLerp,
     all_finite,
     exchange_,
     lerp_,
@@ -13,10 +15,11 @@ from lightning_ema.kernels import (
     lerp_reference_,
     lerp_several_,
     relative_distance,
-    stretches,
+    sampled_distance,
+    squared_norms,
 )
 
-SHAPES = [(3, 4), (), (0,), (5,), (2, 3, 4, 4), (CHUNK + 7,)]
+SHAPES = [(3, 4), (), (0,), (5,), (2, 3, 4, 4), (STAGED // 2, 3), (4,), (STAGED // 8,)]
 
 
 def lists(average_dtype, live_dtype, layout=lambda t: t):
@@ -80,25 +83,46 @@ def test_several_averages_in_one_pass_equal_the_reference_on_each(layout, live_d
     torch.testing.assert_close(several, expected, rtol=1e-6, atol=1e-7)
 
 
-def test_stretches_hold_at_most_a_chunk_or_one_tensor():
-    half = CHUNK // 2
-    cuts = stretches([half, half, 1, 3 * CHUNK, 2, 3])
-    assert cuts == [slice(0, 2), slice(2, 3), slice(3, 4), slice(4, 6)]
-    assert stretches([]) == [slice(0, 0)]
-
-
 def test_cast_between_different_memory_orders():
     average, live = torch.zeros(2, 3), torch.arange(6.0).reshape(3, 2).t().bfloat16()
     lerp_cast_([[average]], [live], [0.5])
     assert average.tolist() == [[0, 1, 2], [0.5, 1.5, 2.5]]
 
 
-def test_cast_needs_no_full_size_temporary(count_allocations):
-    average, live = torch.zeros(20 * CHUNK), torch.ones(20 * CHUNK, dtype=torch.bfloat16)
+def test_one_cutting_serves_many_updates_of_tensors_that_change():
+    averages, lives = lists(torch.float32, torch.bfloat16)
+    expected = [average.clone() for average in averages]
+    update = CastLerp([averages], lives)
+    for rate in (0.5, 0.25, 1.0, 0.125):
+        for live in lives:
+            live.mul_(2)
+        update([rate])
+        lerp_reference_(expected, lives, rate)
+    assert all(torch.equal(a, b) for a, b in zip(averages, expected, strict=True))
+
+
+def transposed(tensor):
+    return tensor.view(-1, STAGED).t().contiguous().t()
+
+
+@pytest.mark.parametrize("layout", [lambda t: t, transposed], ids=["one vector", "of another memory order"])
+def test_cast_needs_no_full_size_temporary(count_allocations, layout):
+    averages = [torch.zeros(5 * STAGED).view(-1, STAGED) for _ in range(2)]
+    live = layout(torch.arange(5.0 * STAGED).bfloat16()).view(-1, STAGED)
     with count_allocations() as allocated:
-        lerp_cast_([[average]], [live], [0.5])
-    assert 0 < allocated.total <= 2 * CHUNK * 4
-    assert average.eq(0.5).all()
+        lerp_cast_([averages, averages], [live, live], [0.5, 0.0])
+    assert 0 < allocated.total <= 2 << 20
+    assert averages[1].equal(0.5 * live.float())
+
+
+@pytest.mark.parametrize("live_dtype", [torch.float32, torch.bfloat16])
+def test_distances_need_a_scratch_of_one_megabyte(count_allocations, live_dtype):
+    averages = [torch.zeros(5 * CHUNK), torch.zeros(9)]
+    lives = [torch.ones_like(average, dtype=live_dtype) for average in averages]
+    with count_allocations() as allocated:
+        squares = squared_norms(averages, lives)
+    assert squares.tolist() == [5 * CHUNK + 9, 5 * CHUNK + 9]
+    assert allocated.peak <= (1 << 20) + 4096
 
 
 @pytest.mark.parametrize(
@@ -113,27 +137,48 @@ def test_exchange_changes_places_bit_for_bit(layout):
     assert all(torch.equal(a, b) for a, b in zip(seconds, kept_firsts, strict=True))
 
 
-@pytest.mark.parametrize("interrupted_after", range(8))
-def test_an_interrupted_exchange_leaves_both_as_they_were(monkeypatch, interrupted_after):
-    first, second = torch.zeros(3 * CHUNK), torch.ones(3 * CHUNK)
+@pytest.mark.parametrize("after_the_copy", [False, True])
+@pytest.mark.parametrize("interrupted_at", range(8))
+def test_an_interrupted_exchange_leaves_both_as_they_were(monkeypatch, interrupted_at, after_the_copy):
+    first, second = torch.full((3 * CHUNK,), torch.nan), torch.ones(3 * CHUNK)
     calls = 0
     copy_ = torch.Tensor.copy_
 
     def copy_once_interrupted(self, source):
         nonlocal calls
         calls += 1
-        if calls == interrupted_after:
+        if calls == interrupted_at and not after_the_copy:
             raise KeyboardInterrupt
-        return copy_(self, source)
+        copy_(self, source)
+        if calls == interrupted_at:
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(torch.Tensor, "copy_", copy_once_interrupted)
-    if 0 < interrupted_after <= 6:
+    if 0 < interrupted_at <= 6:
         with pytest.raises(KeyboardInterrupt):
             exchange_(first, second)
-        assert first.eq(0).all() and second.eq(1).all()
+        assert first.isnan().all() and second.eq(1).all()
     else:
         exchange_(first, second)
-        assert first.eq(1).all() and second.eq(0).all()
+        assert first.eq(1).all() and second.isnan().all()
+
+
+@pytest.mark.parametrize("interrupted_at", [1, 2])
+def test_an_interrupted_exchange_keeps_the_sign_of_a_zero(monkeypatch, interrupted_at):
+    first, second = torch.tensor([0.0, torch.nan]), torch.tensor([-0.0, torch.nan])
+    copy_ = torch.Tensor.copy_
+    sources = []
+
+    def interrupted(self, source):
+        copy_(self, source)
+        sources.append(source)
+        if len(sources) == interrupted_at:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.Tensor, "copy_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        exchange_(first, second)
+    assert not first[0].signbit() and second[0].signbit()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -153,6 +198,31 @@ def test_large_finite_numbers_are_finite_though_their_sum_overflows():
 def test_distance_by_hand():
     assert relative_distance([torch.tensor([3.0, 0.0])], [torch.tensor([0.0, 4.0])]) == pytest.approx(5 / 4)
     assert relative_distance([torch.zeros(2)], [torch.zeros(2)]) == 0
+
+
+def test_distance_of_mixed_kinds_is_that_of_each_in_its_own_precision():
+    averages = [torch.ones(3), torch.full((2,), 1 + 1e-12, dtype=torch.float64), torch.zeros(2, 2, dtype=torch.cfloat)]
+    lives = [torch.ones(3).half(), torch.ones(2, dtype=torch.float64), torch.zeros(2, 2, dtype=torch.cfloat)]
+    assert squared_norms(averages, lives)[0].item() == pytest.approx(2e-24, rel=1e-3)
+    lives[2] = torch.full((2, 2), 3 + 4j, dtype=torch.cfloat)
+    assert squared_norms(averages, lives).tolist() == pytest.approx([100, 105])
+
+
+@pytest.mark.parametrize("share", [1.0, 0.1, 1 / 128])
+def test_a_sample_tells_the_distance_of_tensors_that_vary_little_along_the_way(share):
+    torch.manual_seed(0)
+    lives = [torch.randn(1000, 1000), torch.randn(64, 3, 7, 7), torch.randn(10), torch.randn(300, 300).t()]
+    averages = [live + 0.1 * torch.randn(live.shape) for live in lives]
+    exact = relative_distance(averages, lives)
+    assert exact == pytest.approx(0.1, rel=0.01)
+    assert sampled_distance(averages, lives, share) == pytest.approx(exact, rel=1e-4 if share == 1 else 0.05)
+    assert sampled_distance(averages, lives, share) == sampled_distance(averages, lives, share)
+
+
+def test_a_sample_weighs_runs_for_what_they_stand_for():
+    # 1,000 elements read whole and 64,000 sampled: 1 * 1000 + 4 * 64000 over 1 * 1000 + 16 * 64000
+    lives, averages = [torch.ones(1000), torch.full((64_000,), 4.0)], [torch.zeros(1000), torch.full((64_000,), 2.0)]
+    assert sampled_distance(averages, lives, 1 / 128) == pytest.approx((257 / 1025) ** 0.5, rel=1e-6)
 
 
 def test_the_private_function_of_torch_is_still_there():

@@ -18,7 +18,8 @@ def tensors(dtype=torch.float32):
     shapes = [(3,), (), (0, 4), (CHUNK - 1,), (2, CHUNK + 5), (4, 3, 5, 5)]
     made = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     made[-1] = made[-1].to(memory_format=torch.channels_last)
-    return [*made, torch.randn(6, 6, generator=generator).to(dtype)[:, ::2]]  # the last has gaps
+    gaps = [torch.randn(shape, generator=generator).to(dtype)[:, ::2] for shape in [(6, 6), (700, 1000)]]
+    return [*made, *gaps]
 
 
 def empty(lives):

@@ -15,13 +15,14 @@ from lightning_ema import (
     HalfLife,
     Power,
     Scaled,
+    Schedule,
     Then,
     Warmup,
     WeightAverage,
 )
 from lightning_ema import profiles as module
 from lightning_ema.history import Stretch
-from lightning_ema.profiles import Timeline, every, mean_age, profile
+from lightning_ema.profiles import Timeline, ages, every, mean_age, profile
 
 SCHEDULES = [
     Constant(0.9), Warmup(0.95), HalfLife(steps=4), Cosine(0.9, 1.0, total_steps=40), Power(sigma_rel=0.1), Equal(),
@@ -53,6 +54,33 @@ def test_a_profile_is_what_unit_vectors_leave_in_an_average(schedule, gaps, deca
     computed = profile(schedule, timeline, decay_per)
     assert torch.allclose(computed, seen, rtol=0, atol=1e-15)
     assert abs(computed.sum() - 1) < 1e-14
+
+
+@pytest.mark.parametrize("decay_per", ["step", "update"])
+@pytest.mark.parametrize("gaps", [[1] * 40, [1, 1, 7, 2, 2, 2, 13, 1, 6]], ids=["one", "irregular"])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+@pytest.mark.parametrize("chunk", [3, 1 << 16])
+def test_ages_are_those_of_the_whole_profile(schedule, gaps, decay_per, chunk, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    seen, average = one_hot(gaps, schedule, decay_per=decay_per)
+    before = torch.tensor([sum(gaps), *(sum(gaps[i:]) for i in range(1, len(gaps) + 1))], dtype=torch.float64)
+    timeline = Timeline(average.history.stretches)
+    for made_of in (ages(timeline), ages(timeline, schedule, decay_per)):
+        assert made_of.mean == pytest.approx(float(seen @ before), abs=1e-6)
+        assert made_of.start == pytest.approx(float(seen[0]), abs=1e-7)
+
+
+def test_ages_of_a_long_run_are_read_no_further_back_than_they_matter(monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", 1000)
+    read = []
+
+    class Counted(Schedule):
+        def __call__(self, n):
+            read.append(n)
+            return 0.99
+
+    assert ages(every(1, 10**7), Counted()).mean == pytest.approx(99)
+    assert min(read) == 10**7 - 2999  # 0.99 ** 3000 * 1e7 is 8e-7 steps, 0.99 ** 2000 * 1e7 would be 0.02
 
 
 def test_an_interval_leaves_out_what_it_does_not_see():

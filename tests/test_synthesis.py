@@ -135,7 +135,7 @@ class TestExactness:
         "wanted", [Power(sigma_rel=0.08), Debiased(0.99), Then(0.5, at=70, second=Equal())], ids=repr
     )
     def test_against_full_profiles(self, wanted, settings, step, chunk, tmp_path, monkeypatch):
-        monkeypatch.setattr("lightning_ema.synthesis.LARGEST_RESIDUAL", 10.0)
+        monkeypatch.setattr("lightning_ema.combination.LARGEST_RESIDUAL", 10.0)
         (average, _), (direct,) = train(small(), tmp_path, [wanted], 120, 21, step=step, **settings)
         write(Snapshots(tmp_path, every_n_steps=21, keep=1000), [average, _])
         (paths,) = files_in(tmp_path).values()

@@ -1,7 +1,13 @@
 """What the scripts on sharded weights share: a module under FSDP2, its trainer, and whole tensors to compare."""
 
+import json
+import multiprocessing
+import os
+import socket
 import sys
+import traceback
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -20,6 +26,11 @@ except ImportError:  # before torch 2.6
     from torch.distributed._composable.fsdp import fully_shard
 
 
+def network():
+    torch.manual_seed(11)
+    return nn.Sequential(nn.Linear(4, 7), nn.LayerNorm(7), nn.Tanh(), nn.Linear(7, 1))
+
+
 class Sharded(LightningModule):
     """The LayerNorm and ``scale`` belong to the outermost group; of the last layer's one row a process has nothing."""
 
@@ -30,8 +41,7 @@ class Sharded(LightningModule):
     def configure_model(self):
         if hasattr(self, "net"):
             return
-        seed_everything(11, verbose=False)
-        self.net = nn.Sequential(nn.Linear(4, 7), nn.LayerNorm(7), nn.Tanh(), nn.Linear(7, 1))
+        self.net = network()
         self.scale = nn.Parameter(torch.ones(1))
         if self.device_mesh is not None:
             self.shard(self.device_mesh["data_parallel"])
@@ -52,6 +62,12 @@ class Sharded(LightningModule):
     def validation_step(self, batch):
         self.log("val_loss", self.loss(batch), sync_dist=True)
 
+    def test_step(self, batch):
+        self.log("test_loss", self.loss(batch), sync_dist=True)
+
+    def predict_step(self, batch):
+        return self(batch[0])
+
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), 0.05)
 
@@ -64,12 +80,13 @@ def whole_of(named):
     return {name: whole(tensor) for name, tensor in dict(named).items()}
 
 
-def strategy(processes, distributed_checkpoint):
+def strategy(processes, distributed_checkpoint, tensor_parallel=1, seconds=60):
     return ModelParallelStrategy(
-        data_parallel_size=processes,
-        tensor_parallel_size=1,
+        data_parallel_size=processes // tensor_parallel,
+        tensor_parallel_size=tensor_parallel,
         save_distributed_checkpoint=distributed_checkpoint,
         process_group_backend="gloo",
+        timeout=timedelta(seconds=seconds),
     )
 
 
@@ -77,19 +94,85 @@ def averaging(**kwargs):
     return EMACallback(**{"decay": Constant(0.9), **kwargs})
 
 
-def fit(module, *callbacks, processes=2, folders=True, epochs=2, ckpt_path=None, **kwargs):
-    """Fits on the same global batches, whatever the number of processes; gives the trainer."""
-    seed_everything(3, verbose=False)
-    this = trainer(
-        *callbacks,
-        strategy=strategy(processes, folders),
-        devices=processes,
-        max_epochs=epochs,
-        **{"num_sanity_val_steps": 0, **kwargs},
-    )
+def trainer_of(*callbacks, processes=2, folders=True, epochs=2, **kwargs):
+    seed_everything(SEED, verbose=False)
+    settings = {"strategy": strategy(processes, folders), "num_sanity_val_steps": 0, **kwargs}
+    return trainer(*callbacks, devices=processes, max_epochs=epochs, **settings)
+
+
+SEED = 3
+
+
+def data(processes):
+    """Loaders for one process of several that give the same global batches, whatever the number of processes."""
     batch_size = 8 // processes
-    this.fit(module, loader(6 * processes, batch_size), loader(2 * processes, batch_size), ckpt_path=ckpt_path)
+    return loader(6 * processes, batch_size), loader(2 * processes, batch_size)
+
+
+def fit(module, *callbacks, processes=2, ckpt_path=None, **kwargs):
+    """Fits and gives the trainer."""
+    this = trainer_of(*callbacks, processes=processes, **kwargs)
+    this.fit(module, *data(processes), ckpt_path=ckpt_path)
     return this
+
+
+def same(first, second, tolerance=0.0):
+    first, second = whole_of(first), whole_of(second)
+    assert first.keys() == second.keys() and first
+    for name, tensor in first.items():
+        other = second[name]
+        assert tensor.shape == other.shape and tensor.dtype == other.dtype, name
+        difference = (tensor - other).abs().max().item()
+        assert difference <= tolerance, f"{name} differs by {difference}"
+
+
+def ended(checks, *arguments):
+    """How each check ended: "" or what was raised. None follows a failure: the other processes may be anywhere."""
+    seen = dict.fromkeys(checks, "not run")
+    for name, check in checks.items():
+        try:
+            check(*arguments)
+            seen[name] = ""
+        except BaseException:  # pytest's own failures are no Exceptions
+            seen[name] = traceback.format_exc()
+            break
+    return seen
+
+
+def write(folder, name, seen):
+    Path(folder, f"{name}.json").write_text(json.dumps(seen))
+
+
+def forked(processes, function, *arguments):
+    """Calls a function in processes that Lightning takes for torchrun's; gives how they ended.
+
+    They are forks, which need not import torch again: nothing may have been calculated before.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    ranks = [
+        context.Process(target=_as_rank, args=(rank, processes, port, function, *arguments))
+        for rank in range(processes)
+    ]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(90)
+    codes = [rank.exitcode for rank in ranks]
+    for rank in ranks:
+        rank.kill()
+    return codes
+
+
+def _as_rank(rank, processes, port, function, *arguments):
+    place = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    quiet()
+    function(*arguments)
+    torch.distributed.destroy_process_group()
 
 
 def quiet():

@@ -8,13 +8,13 @@ from pathlib import Path
 
 
 def run(script, *arguments):
-    """Runs a script of this folder, which starts its further processes by itself; gives how it ended."""
+    """Runs a script of this folder, or at another path, which starts its further processes; gives how it ended."""
     # a launcher that the tests themselves may run under is none of the script's
     launchers = ("LOCAL_RANK", "RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     return subprocess.run(
-        [sys.executable, "-W", "ignore", str(Path(__file__).with_name(script)), *map(str, arguments)],
+        [sys.executable, "-W", "ignore", str(Path(__file__).parent / script), *map(str, arguments)],
         env={**environment, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

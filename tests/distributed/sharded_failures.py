@@ -1,0 +1,125 @@
+"""Run by test_sharded_failures: runs of two processes that are cut short, and what is left of them.
+
+Writes to ``<folder>/cut.json`` how the processes of each ended, None where one had to be killed, and to
+``<folder>/<rank>.json`` how each check ended: "" or what was raised.
+"""
+
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import lightning.pytorch.strategies.model_parallel as model_parallel
+import pytest
+import torch.distributed as dist
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from sharded import Sharded, averaging, data, ended, fit, forked, same, trainer_of, write
+
+CUTS = ("raise", "kill", "kill in a save", "raise after a step")
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Cut(Callback):
+    """Ends the run in its second epoch, in one of its processes."""
+
+    def __init__(self, how, folder):
+        self.how, self.folder = how, folder
+
+    def on_fit_start(self, trainer, pl_module):
+        if self.how == "kill in a save" and trainer.global_rank == 1:
+            save = model_parallel._distributed_checkpoint_save
+            model_parallel._distributed_checkpoint_save = lambda *given: (
+                die() if trainer.current_epoch == 1 else save(*given)
+            )
+
+    def on_validation_batch_start(self, trainer, *_):
+        if trainer.current_epoch == 1 and self.how == "raise" and trainer.global_rank == 1:
+            raise RuntimeError("one process has had enough")
+        if trainer.current_epoch == 1 and self.how == "kill" and trainer.global_rank == 0:
+            die()
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.current_epoch == 1 and self.how == "raise after a step" and trainer.global_rank == 1:
+            raise RuntimeError("one process has had enough")
+
+    def on_exception(self, trainer, pl_module, exception):
+        if trainer.global_rank == 1:
+            with pytest.raises(RuntimeError, match="no checkpoint: the weights are sharded"):
+                trainer.save_checkpoint(self.folder / "exception.ckpt")
+            (self.folder / "refused").touch()
+
+
+def keeping(folder, **kwargs):
+    return ModelCheckpoint(dirpath=folder, filename="{epoch}", save_top_k=-1, **kwargs)
+
+
+def cut(folder, how):
+    own = folder / how
+    # one that raises before the average has taken up the step, which all processes would have to check
+    average = averaging(on_nonfinite="skip")
+    fit(Sharded(), Cut(how, own), average, keeping(own), enable_checkpointing=True)
+
+
+# --- what is left ---------------------------------------------------------------------------------------------------
+
+CHECKS = {}
+
+
+def check(function):
+    CHECKS[function.__name__] = function
+    return function
+
+
+@check
+def what_was_saved_before_resumes(folder):
+    whole = averaging(on_nonfinite="skip")
+    fit(Sharded(), whole, keeping(folder / "whole"), enable_checkpointing=True)
+    for how in CUTS:
+        again = averaging(on_nonfinite="skip")
+        fit(Sharded(), again, ckpt_path=folder / how / "epoch=0.ckpt")
+        same(whole.average.named_tensors(), again.average.named_tensors())
+        same(whole.average.named_live(), again.average.named_live())
+
+
+def copied(folder, name, *without):
+    if dist.get_rank() == 0:
+        shutil.copytree(folder / "whole" / "epoch=0.ckpt", folder / name)
+        for file in without:
+            (folder / name / file).unlink()
+    dist.barrier()
+    return folder / name
+
+
+@check
+def a_folder_with_shards_of_two_saves_is_refused(folder):
+    mixed = copied(folder, "mixed.ckpt")
+    if dist.get_rank() == 0:
+        shutil.copy(folder / "whole" / "epoch=1.ckpt" / "__1_0.distcp", mixed)
+    dist.barrier()
+    with pytest.raises(ValueError, match=r"mixed\.ckpt holds shards of two saves"):
+        fit(Sharded(), averaging(), ckpt_path=mixed)
+    with pytest.raises(ValueError, match=r"mixed\.ckpt holds shards of two saves"):
+        trainer_of(averaging()).validate(Sharded(), data(2)[1], ckpt_path=mixed, verbose=False)
+
+
+@check
+def of_an_incomplete_folder_lightning_or_torch_says_what_is_missing(folder):
+    with pytest.raises(ValueError, match="does not point to a valid checkpoint"):
+        fit(Sharded(), averaging(), ckpt_path=copied(folder, "without_meta.ckpt", "meta.pt"))
+    with pytest.raises(BaseException, match=r"\.metadata"):  # torch's CheckpointException is no Exception
+        fit(Sharded(), averaging(), ckpt_path=copied(folder, "without_metadata.ckpt", ".metadata"))
+
+
+def look(folder):
+    write(folder, os.environ["RANK"], ended(CHECKS, folder))
+
+
+if __name__ == "__main__":
+    root = Path(sys.argv[1])
+    write(root, "cut", {how: forked(2, cut, root, how) for how in CUTS})
+    forked(2, look, root)
