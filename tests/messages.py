@@ -33,6 +33,8 @@ def texts_of(node, functions, assigned):
     """What an expression says: a string, what the function returns that it calls, or what a variable was given."""
     if (text := spelled(node)) is not None:
         return [text]
+    if isinstance(node, ast.IfExp):
+        return [text for side in (node.body, node.orelse) for text in texts_of(side, functions, assigned)]
     if isinstance(node, ast.Name):
         return [text for value in assigned.get(node.id, []) for text in texts_of(value, functions, {})]
     if isinstance(node, ast.Call) and (function := functions.get(name_of(node.func))):

@@ -48,7 +48,10 @@ class Digits(LightningDataModule):
         self.batch_size = batch_size
         images, labels = load_digits(return_X_y=True)
         images, labels = torch.tensor(images, dtype=torch.float32) / 16, torch.tensor(labels)
-        self.train, self.held_out = TensorDataset(images[:-600], labels[:-600]), TensorDataset(images[-600:], labels[-600:])
+        self.train, self.held_out = (
+            TensorDataset(images[:-600], labels[:-600]),
+            TensorDataset(images[-600:], labels[-600:]),
+        )
 
     def train_dataloader(self):
         return DataLoader(self.train, self.batch_size, shuffle=True)
