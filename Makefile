@@ -3,11 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-oldest test-peers lint reproduce bench gallery clean
+.PHONY: help setup demo test test-oldest test-peers lint reproduce bench bench-distributed gallery clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 setup: $(VENV)/ready  ## create .venv and install the pinned dependencies
 
@@ -55,6 +55,9 @@ $(VENV)/peers: $(VENV)/ready
 
 bench: setup  ## print the cost of an update and of the callback, as ratios
 	@$(BIN)/python benchmarks/update.py
+
+bench-distributed: setup  ## print what an average costs on each of 1, 2 and 4 processes (DDP, FSDP2)
+	@$(BIN)/python benchmarks/distributed.py
 
 gallery: setup  ## draw the pictures of docs/how-to/schedule-gallery.md
 	@$(BIN)/python docs/gallery.py

@@ -9,7 +9,6 @@ from typing import Any, TypeVar, cast
 import lightning_utilities.core.rank_zero as rank_zero
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
-from torch.nn.parallel import DistributedDataParallel
 
 from lightning_ema.schedules import Plan
 from lightning_ema.shares import Reconcile
@@ -101,10 +100,11 @@ def reconcile(trainer: Trainer) -> Reconcile | None:
 
     DDP gives all of them those of the first process in each forward pass, unless ``broadcast_buffers=False``.
     """
-    model = trainer.strategy.model
+    strategy = trainer.strategy  # not its DistributedDataParallel, which is gone in on_fit_end
     if trainer.world_size == 1 or not is_fitting(trainer):
         return None
-    return "first" if isinstance(model, DistributedDataParallel) and model.broadcast_buffers else "mean"
+    broadcast = isinstance(strategy, DDPStrategy) and strategy._ddp_kwargs.get("broadcast_buffers", True)
+    return "first" if broadcast else "mean"
 
 
 def plan(trainer: Trainer) -> Plan:
