@@ -4,6 +4,7 @@ Writes to ``<folder>/cut.json`` how the processes of each ended, None where one 
 ``<folder>/<rank>.json`` how each check ended: "" or what was raised.
 """
 
+import inspect
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from sharded import Sharded, averaging, data, ended, fit, forked, same, trainer_of, write
 
+ON_EXCEPTION = "save_on_exception" in inspect.signature(ModelCheckpoint).parameters
 CUTS = ("raise", "kill", "kill in a save", "raise after a step")
 
 
@@ -60,9 +62,11 @@ def keeping(folder, **kwargs):
 
 def cut(folder, how):
     own = folder / how
-    # one that raises before the average has taken up the step, which all processes would have to check
+    # where it is raised before the average has taken up the step, all processes would have to look for NaN
     average = averaging(on_nonfinite="skip")
-    fit(Sharded(), Cut(how, own), average, keeping(own), enable_checkpointing=True)
+    asked = {"save_on_exception": True} if ON_EXCEPTION else {}
+    # who waits for another process here waits longer than this run is given to end
+    fit(Sharded(), Cut(how, own), average, keeping(own, **asked), enable_checkpointing=True, seconds=600)
 
 
 # --- what is left ---------------------------------------------------------------------------------------------------
