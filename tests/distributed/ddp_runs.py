@@ -70,6 +70,14 @@ class Twice(Net):
         return torch.nn.functional.mse_loss(self.net(x), y)
 
 
+class ByStep(Net):
+    """Each step has its own samples: Lightning begins an epoch's data anew where it resumes in the middle of one."""
+
+    def training_step(self, batch, batch_idx):
+        data, first = loader(9).dataset, 8 * self.global_step + self.global_rank
+        return self.loss(data[first : first + 8 : 2])
+
+
 class ByHand(Callback):
     """The average of parameters and statistics, in this process, worked out after each step of the optimizer."""
 
@@ -119,7 +127,12 @@ def fit(module, *callbacks, devices=2, epochs=2, ckpt_path=None, batches=3, samp
     )
     data = loader(batches).dataset if samples is None else TensorDataset(*loader(9).dataset[:samples])
     sampler = DistributedSampler(data, shuffle=False) if devices > 1 else None
-    this.fit(module, DataLoader(data, 8 // devices, sampler=sampler), loader(2, 8 // devices), ckpt_path=ckpt_path)
+    this.fit(
+        module,
+        DataLoader(data, 8 // devices, sampler=sampler),
+        DataLoader(loader(1).dataset, 8 // devices),
+        ckpt_path=ckpt_path,
+    )
     return this
 
 
@@ -316,7 +329,7 @@ def check_resume(rank, processes, folder):
         path = Path(folder) / "resume"
         keep = ModelCheckpoint(path, save_top_k=-1, filename="{step}", enable_version_counter=False, **kwargs)
         whole, again = averaging(shard=shard), averaging(shard=shard)
-        modules = Net(), Net()
+        modules = ByStep(), ByStep()
         fit(modules[0], whole, keep, epochs=3, enable_checkpointing=True)
         step = 4 if kwargs else 6
         fit(modules[1], again, epochs=3, ckpt_path=path / f"step={step}.ckpt")
@@ -338,9 +351,11 @@ def check_best_last_and_weights_only(rank, processes, folder):
     kept = {name: torch.load(path / f"{name}.ckpt", weights_only=True) for name in ("best", "last", "weights")}
     assert "callbacks" not in kept["weights"]
     assert equal(kept["weights"]["state_dict"], module.state_dict())
-    assert equal(kept["last"]["state_dict"], module.state_dict())
+    again = averaging(shard=True)
+    fit(Net(), again, ckpt_path=path / "last.ckpt")
+    assert equal(parameters_of(again.average), parameters_of(callback.average))
     module.load_state_dict(kept["best"]["state_dict"])
-    (scored,) = trainer(devices=1).validate(module, loader(2), verbose=False)
+    (scored,) = trainer(devices=1).validate(module, loader(1), verbose=False)
     assert scored["val_loss"] == pytest.approx(best.best_model_score.item(), abs=1e-6)
     assert result["val_loss"] == pytest.approx(this.callback_metrics["val_loss"].item())
 
@@ -369,16 +384,16 @@ def check_evaluations_afterwards(rank, processes, folder):
     this.predict(module, loader(2, 4))
     if rank == 0:  # the others do not take part
         alone = trainer(devices=1)
-        (result,) = alone.validate(module, loader(2), verbose=False)
+        (result,) = alone.validate(module, loader(1), verbose=False)
         assert result["val_loss"] == pytest.approx(shared[0]["val_loss"], abs=1e-6)
         with pytest.raises(RuntimeError, match="shared among 2 processes"):  # the further averages lie in parts
-            trainer(callback, devices=1).validate(module, loader(2), verbose=False)
+            trainer(callback, devices=1).validate(module, loader(1), verbose=False)
         alone = trainer(callback, devices=1)
         alone.strategy.connect(module)
         module.trainer = alone
         with pytest.raises(RuntimeError, match="shared among 2 processes"):
             alone.save_checkpoint(Path(folder) / "y.ckpt")
-        (result,) = trainer(plain, devices=1).validate(same, loader(2), verbose=False)
+        (result,) = trainer(plain, devices=1).validate(same, loader(1), verbose=False)
         assert result.keys() == shared[0].keys()
     dist.barrier()
 
@@ -388,8 +403,8 @@ def check_one_average_evaluated_by_one_process(rank, processes, folder):
     fit(module, callback)
     delivered = clones(module.state_dict())
     if rank == 0:
-        trainer(callback, devices=1).validate(module, loader(2), verbose=False)
-        trainer(callback, devices=1).predict(module, loader(2))
+        trainer(callback, devices=1).validate(module, loader(1), verbose=False)
+        trainer(callback, devices=1).predict(module, loader(1))
         assert equal(module.state_dict(), delivered)
     dist.barrier()
     callback, module = averaging(Constant(0.5), shard=True, after_fit="live"), Net()
@@ -397,7 +412,7 @@ def check_one_average_evaluated_by_one_process(rank, processes, folder):
     live = clones(module.state_dict())
     if rank == 0:
         with pytest.raises(RuntimeError, match=r"shared among 2 processes \(shard=True\), but this trainer has 1"):
-            trainer(callback, devices=1).validate(module, loader(2), verbose=False)
+            trainer(callback, devices=1).validate(module, loader(1), verbose=False)
         assert equal(module.state_dict(), live)
     dist.barrier()
     with pytest.raises(RuntimeError, match=r"shared among 2 processes \(shard=True\), but this trainer has 1"):
@@ -430,7 +445,8 @@ def check_a_file_that_does_not_load(rank, processes, folder):
     with pytest.raises(RuntimeError, match="Missing key"):
         this.validate(module, loader(2, 4), ckpt_path=path, verbose=False)
     assert equal(module.state_dict(), carried.live[-1])
-    assert this.validate(module, loader(2, 4), verbose=False) == [scored]
+    another = trainer(callback, strategy=ddp(), devices=2)  # the first one holds on to the file
+    assert another.validate(module, loader(2, 4), verbose=False) == [scored]
     assert equal(module.state_dict(), of_all(carried.live[-1])[0])
 
 
