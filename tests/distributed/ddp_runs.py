@@ -17,7 +17,7 @@ from forked import fork, run_checks
 from helpers import Regression, clones, equal, loader, seed_everything, trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -548,6 +548,12 @@ def check_single_device_with_shard(rank, processes, folder):
     assert equal(*states)
 
 
+def check_strategies_that_shard_weights_share_nothing(rank, processes, folder):
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+    with pytest.raises(ValueError, match="shard=True does not go with ModelParallelStrategy"):
+        trainer(averaging(shard=True), strategy=strategy, devices=2).fit(Net(), loader(3, 4))
+
+
 # --- loading in other numbers of processes --------------------------------------------------------------------------
 
 
@@ -582,12 +588,15 @@ IN_TWO = [value for name, value in list(globals().items()) if name.startswith("c
 ELSEWHERE = [check_loading_elsewhere]
 
 
+def start(rank, processes, folder, name):
+    file = Path(folder) / f"group-{name}-{processes}"
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=processes, timeout=LIMIT)
+
+
 def main(rank, processes, folder, checks):
     torch.set_num_threads(1)
     if processes > 1:
-        dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/group-{processes}", rank=rank, world_size=processes, timeout=LIMIT
-        )
+        start(rank, processes, folder, "checks")
     run_checks(rank, processes, checks, folder)
 
 
