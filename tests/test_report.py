@@ -333,13 +333,6 @@ class TestInAFit:
             fit(seeded(), ema(), max_epochs=3, ckpt_path=tmp_path / "last.ckpt")
         assert "18 steps, 18 updates with" in self.paragraphs(caplog)[-1]
 
-    def test_training_is_the_same_and_distances_are_taken_once(self, monkeypatch):
-        taken = []
-        distance = WeightAverage.distance
-        monkeypatch.setattr(WeightAverage, "distance", lambda average: taken.append(1) or distance(average))
-        fit(seeded(), ema())
-        assert len(taken) == 1  # no logger: none during the run
-
     def test_a_teacher_has_one_too(self):
         class Student(MeanTeacherMixin, Regression):
             mean_teacher = MeanTeacherConfig(decay=0.9)
