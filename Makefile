@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-oldest test-peers lint reproduce bench bench-distributed gallery clean
+.PHONY: help setup demo test test-oldest test-peers lint docs docs-serve reproduce bench bench-distributed gallery clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -31,6 +31,18 @@ lint: setup  ## ruff (lint and format) and mypy (strict)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
+docs: $(VENV)/docs  ## build the documentation site into dist/site, strictly
+	@$(MKDOCS) build --strict --quiet
+	@echo "dist/site/index.html"
+
+docs-serve: $(VENV)/docs  ## show the site at http://127.0.0.1:8000 while you write
+	@$(MKDOCS) serve
+
+$(VENV)/docs: $(VENV)/ready
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	@touch $@
 
 OLDEST := .venv-oldest
 test-oldest: $(OLDEST)/ready  ## run the tests against the oldest supported Lightning

@@ -17,7 +17,8 @@ class DocstringRoles(griffe.Extension):
             target = pkg[str(name)]
             self._public[target.canonical_path] = f"{pkg.path}.{name}"
             if target.is_module:
-                exported = target.exports or [name for name in target.members if not name.startswith("_")]
+                members = target.members.items()
+                exported = target.exports or [n for n, m in members if not (m.is_alias or n.startswith("_"))]
                 self._public |= {target[str(n)].canonical_path: f"{target.path}.{n}" for n in exported}
         self._rewrite(pkg, set())
 

@@ -45,7 +45,8 @@ def in_repository(page, link):
 
 def uri_of(path):
     """The page of a file that lies outside of docs/: ``examples/cli.py`` becomes ``sources/examples/cli.py.md``."""
-    return f"sources/{path}" if path.suffix == ".md" else f"sources/{path}.md"
+    name = str(path).lstrip(".")  # MkDocs leaves out names that begin with a dot
+    return f"sources/{name}" if path.suffix == ".md" else f"sources/{name}.md"
 
 
 def content_of(path):
