@@ -53,8 +53,8 @@ $(VENV)/peers: $(VENV)/ready
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps $(PEERS)
 	@touch $@
 
-bench: setup  ## print the cost of an update and of the callback, as ratios
-	@$(BIN)/python benchmarks/update.py
+bench: setup  ## print what averaging costs, beside what other systems cost (10 minutes; test-peers installs them)
+	@$(BIN)/python -W ignore benchmarks/bench.py
 
 gallery: setup  ## draw the pictures of docs/how-to/schedule-gallery.md
 	@$(BIN)/python docs/gallery.py
