@@ -1,4 +1,4 @@
-"""Counted work, not time: a slow machine cannot fail these tests, and a slower update, loan or hook cannot pass them."""
+"""Counted work, not time: a slow machine cannot fail these tests, and what costs more cannot pass them."""
 
 import sys
 from collections import Counter
