@@ -65,8 +65,8 @@ $(VENV)/peers: $(VENV)/ready
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps $(PEERS)
 	@touch $@
 
-bench: setup  ## print the cost of an update and of the callback, as ratios
-	@$(BIN)/python benchmarks/update.py
+bench: setup  ## print what averaging costs, beside what other systems cost (10 minutes; test-peers installs them)
+	@$(BIN)/python -W ignore benchmarks/bench.py
 
 bench-distributed: setup  ## print what an average costs on each of 1, 2 and 4 processes (DDP, FSDP2)
 	@$(BIN)/python benchmarks/distributed.py
