@@ -78,13 +78,14 @@ def torch_ema(module: nn.Module, buffers: bool) -> Peer | str:
     package = _package("torch_ema")
     if package is None or buffers:
         return PARAMETERS_ONLY if buffers else NOT_INSTALLED
-    average = package.ExponentialMovingAverage(module.parameters(), DECAY)
+    parameters = list(module.parameters())  # it keeps only weak references
+    average = package.ExponentialMovingAverage(parameters, DECAY)
 
     def evaluate() -> None:
-        with average.average_parameters():
+        with average.average_parameters(parameters):
             pass
 
-    return Peer(average, average.update, evaluate)
+    return Peer(average, lambda: average.update(parameters), evaluate)
 
 
 def diffusers(module: nn.Module, buffers: bool) -> Peer | str:

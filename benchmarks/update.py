@@ -50,6 +50,7 @@ def updates(build: Build, buffers: bool = False, dtype: torch.dtype | None = Non
             module.to(dtype)
             try:
                 peer.update()
+                peer.update()  # the first one only copies in several of them
             except RuntimeError:
                 return "refuses"
             return peer.update
