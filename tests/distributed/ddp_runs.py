@@ -361,6 +361,27 @@ def check_best_last_and_weights_only(rank, processes, folder):
     assert result["val_loss"] == pytest.approx(this.callback_metrics["val_loss"].item())
 
 
+def check_a_file_of_weight_averaging(rank, processes, folder):
+    """Lightning's file has no weights at the start, which a schedule that corrects needs in every process."""
+    path, module = Path(folder) / "lightning.ckpt", Net()
+    fit(module, epochs=1).save_checkpoint(path)
+    if rank == 0:
+        file = torch.load(path, weights_only=True)
+        file["current_model_state"] = {name: tensor + 1 for name, tensor in file["state_dict"].items()}
+        file["averaging_state"] = {"n_averaged": torch.tensor(2)}
+        torch.save(file, path)
+    dist.barrier()
+    results = []
+    for shard in (False, True):
+        callback = averaging(Bema(kappa=0.5), shard=shard)
+        loaded = Loaded(callback)
+        fit(Net(), callback, loaded, ckpt_path=path)
+        assert all(torch.equal(loaded.live[n], t + 1) for n, t in module.state_dict().items())
+        results.append(clones(parameters_of(callback.average)))
+        assert callback.average.num_updates == 5
+    assert equal(*results)
+
+
 # --- afterwards -----------------------------------------------------------------------------------------------------
 
 
