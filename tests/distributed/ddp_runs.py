@@ -330,9 +330,10 @@ def check_resume(rank, processes, folder):
         keep = ModelCheckpoint(path, save_top_k=-1, filename="{step}", enable_version_counter=False, **kwargs)
         whole, again = averaging(shard=shard), averaging(shard=shard)
         modules = ByStep(), ByStep()
-        fit(modules[0], whole, keep, epochs=3, enable_checkpointing=True)
+        fit(modules[0], whole, keep, epochs=5, max_steps=9, enable_checkpointing=True)
         step = 4 if kwargs else 6
-        fit(modules[1], again, epochs=3, ckpt_path=path / f"step={step}.ckpt")
+        # an epoch may begin anew, or be skipped: only steps tell when the run is over
+        fit(modules[1], again, epochs=5, max_steps=9, ckpt_path=path / f"step={step}.ckpt")
         for one, other in zip(whole.averages, again.averages, strict=True):
             assert equal(parameters_of(one), parameters_of(other))
             assert equal(*of_all(parameters_of(other)))
@@ -358,6 +359,27 @@ def check_best_last_and_weights_only(rank, processes, folder):
     (scored,) = trainer(devices=1).validate(module, loader(1), verbose=False)
     assert scored["val_loss"] == pytest.approx(best.best_model_score.item(), abs=1e-6)
     assert result["val_loss"] == pytest.approx(this.callback_metrics["val_loss"].item())
+
+
+def check_a_file_of_weight_averaging(rank, processes, folder):
+    """Lightning's file has no weights at the start, which a schedule that corrects needs in every process."""
+    path, module = Path(folder) / "lightning.ckpt", Net()
+    fit(module, epochs=1).save_checkpoint(path)
+    if rank == 0:
+        file = torch.load(path, weights_only=True)
+        file["current_model_state"] = {name: tensor + 1 for name, tensor in file["state_dict"].items()}
+        file["averaging_state"] = {"n_averaged": torch.tensor(2)}
+        torch.save(file, path)
+    dist.barrier()
+    results = []
+    for shard in (False, True):
+        callback = averaging(Bema(kappa=0.5), shard=shard)
+        loaded = Loaded(callback)
+        fit(Net(), callback, loaded, ckpt_path=path)
+        assert all(torch.equal(loaded.live[n], t + 1) for n, t in module.state_dict().items())
+        results.append(clones(parameters_of(callback.average)))
+        assert callback.average.num_updates == 5
+    assert equal(*results)
 
 
 # --- afterwards -----------------------------------------------------------------------------------------------------
