@@ -149,19 +149,13 @@ def check(snapshots: Snapshots, averages: Sequence[WeightAverage]) -> Path:
         The directory for the snapshots.
 
     Raises:
-        ValueError: there is no directory, there are no averages, they are kept in parts by several processes, belong to
-            different modules or were updated at different steps, a schedule is not of this package, or the steps of
-            earlier updates are not known.
+        ValueError: there is no directory, there are no averages, they belong to different modules or were updated at
+            different steps, a schedule is not of this package, or the steps of earlier updates are not known.
     """
     if snapshots.dirpath is None:
         raise ValueError("Snapshots: there is no dirpath. Outside of EMACallback write Snapshots('a/directory', ...).")
     if not averages:
         raise ValueError("there are no averages to take a snapshot of; give at least one WeightAverage.")
-    if any(average.sharded or average.processes > 1 for average in averages):
-        raise ValueError(
-            "a snapshot is written by one process, and of these averages each process keeps a part alone. Leave "
-            "snapshots out, or keep whole averages: strategy='ddp' without shard=True."
-        )
     for average in averages:
         check_schedule(average.schedule)
     if any(_counters(average) != _counters(averages[0]) for average in averages):
