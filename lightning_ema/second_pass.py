@@ -55,7 +55,7 @@ def check(trainer: Trainer) -> None:
     if not next((_STRATEGIES[kind] for kind in kinds if kind in _STRATEGIES), False):
         raise ValueError(
             f"evaluate='both' does not work with {kinds[0]}: a second pass over the data is run on a single device, "
-            "under DDP or under ModelParallelStrategy. Use one of these, or evaluate='average'."
+            "under DDP and under ModelParallelStrategy. Use strategy='ddp', or evaluate='average'."
         )
     missing = [name for name in NEEDED if not hasattr(trainer.validate_loop, name)]
     if missing:

@@ -447,7 +447,7 @@ def test_a_name_that_only_the_modules_last_hook_logs():
         evaluate(Collides, Batches, Twice())
 
 
-@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "Other"])
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "Other"])
 def test_other_strategies_are_refused_by_name(name):
     from lightning.pytorch.strategies import DDPStrategy
 
