@@ -13,6 +13,7 @@ from pathlib import Path
 
 import lightning.pytorch.strategies.model_parallel as model_parallel
 import pytest
+import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -50,10 +51,19 @@ class Cut(Callback):
             raise RuntimeError("one process has had enough")
 
     def on_exception(self, trainer, pl_module, exception):
-        if trainer.global_rank == 1:
-            with pytest.raises(RuntimeError, match="no checkpoint: the weights are sharded"):
-                trainer.save_checkpoint(self.folder / "exception.ckpt")
-            (self.folder / "refused").touch()
+        torch.distributed.all_reduce = lambda *_: (self.folder / "waited").touch()  # others may never come
+
+
+class Saving(Callback):
+    """Asks for a checkpoint after the exception."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_exception(self, trainer, pl_module, exception):
+        with pytest.raises(RuntimeError, match="no checkpoint: the weights are sharded"):
+            trainer.save_checkpoint(self.folder / "exception.ckpt")
+        (self.folder / f"refused-{trainer.global_rank}").touch()
 
 
 def keeping(folder, **kwargs):
@@ -66,7 +76,8 @@ def cut(folder, how):
     average = averaging(on_nonfinite="skip")
     asked = {"save_on_exception": True} if ON_EXCEPTION else {}
     # who waits for another process here waits longer than this run is given to end
-    fit(Sharded(), Cut(how, own), average, keeping(own, **asked), enable_checkpointing=True, seconds=600)
+    callbacks = Cut(how, own), average, Saving(own), keeping(own, **asked)
+    fit(Sharded(), *callbacks, enable_checkpointing=True, seconds=600)
 
 
 # --- what is left ---------------------------------------------------------------------------------------------------
