@@ -34,7 +34,7 @@ lint: setup  ## ruff (lint and format) and mypy (strict)
 
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 docs: $(VENV)/docs  ## build the documentation site into dist/site, strictly
-	@$(MKDOCS) build --strict --quiet
+	@$(MKDOCS) build --strict  # not --quiet, under which warnings are not counted
 	@echo "dist/site/index.html"
 
 docs-serve: $(VENV)/docs  ## show the site at http://127.0.0.1:8000 while you write

@@ -1,5 +1,10 @@
-"""What MkDocs does not do by itself: pages for linked files outside of docs/, and a navigation by folders."""
+"""What MkDocs does not do by itself: pages for linked files outside of docs/, and a navigation by folders.
 
+It also warns, which ends a strict build, of public names that the reference leaves out.
+"""
+
+import ast
+import logging
 import posixpath
 import re
 from pathlib import Path, PurePosixPath
@@ -8,21 +13,33 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"(?<=\]\()(?!\w+:)([^)#\s]+)(?=[)#\s])")
+DIRECTIVE = re.compile(r"^::: lightning_ema\.(\w+)$", re.MULTILINE)
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml"}
 
 
 def on_files(files, *, config):
     """Adds a page for each file outside of docs/ that a page links to, and writes the navigation out."""
-    made = {}
+    made, documented = {}, set()
     for page in list(files.documentation_pages()):
+        documented.update(DIRECTIVE.findall(page.content_string))
         for link in LINK.findall(page.content_string):
             path = in_repository(PurePosixPath("docs", page.src_uri), link)
             if path.parts[0] != "docs" and (ROOT / path).is_file():
                 made[path] = File.generated(config, uri_of(path), content=content_of(path))
     for file in made.values():
         files.append(file)
+    if missing := sorted(exported() - documented):
+        logging.getLogger("mkdocs.hooks").warning("docs/reference has no place for %s", ", ".join(missing))
     config.nav = written_out(config.nav, {file.src_uri for file in files.documentation_pages()}, set(uris(config.nav)))
     return files
+
+
+def exported():
+    """The names in ``lightning_ema.__all__``, read without an import."""
+    for node in ast.parse((ROOT / "lightning_ema" / "__init__.py").read_text()).body:
+        if isinstance(node, ast.Assign) and node.targets[0].id == "__all__":
+            return set(ast.literal_eval(node.value))
+    raise LookupError("lightning_ema/__init__.py has no __all__")
 
 
 def on_page_markdown(markdown, *, page, config, files):

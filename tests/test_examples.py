@@ -1,5 +1,6 @@
 """Every script in examples/ runs, in a short version, from a directory of its own; and a teacher is worth it."""
 
+import csv
 import os
 import subprocess
 import sys
@@ -92,3 +93,29 @@ def test_a_mean_teacher_beats_supervised_training(module):
         model = example.METHODS[method](settings)
         errors[method] = training.train(model, data.Digits(3, seed=0), steps)["teacher"][-1]
     assert errors["mean-teacher"] < errors["supervised"] - 5, errors
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_cli_project_saves_what_it_scores_and_resumes(module, tmp_path, monkeypatch):
+    project = EXAMPLES / "cli_project"
+    monkeypatch.syspath_prepend(project)
+    monkeypatch.chdir(tmp_path)
+    main = module("main")
+    quiet = [f"--config={project / 'config.yaml'}", "--trainer.enable_progress_bar=false"]
+    main.main(["fit", *quiet, "--trainer.max_epochs=2"])
+    (folder,) = tmp_path.glob("runs/averages/*/checkpoints")
+    with (folder.parent / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["val_accuracy"]]
+    assert len(rows) == 2
+    assert all(0 < float(row[f"val_accuracy/ema_{name}"]) < 1 for row in rows for name in ("0.99", "Equal"))
+
+    best, data = main.Classifier.load_from_checkpoint(folder / "best.ckpt").eval(), main.Digits()
+    with torch.no_grad():
+        accuracy = (best(data.held_out.tensors[0]).argmax(1) == data.held_out.tensors[1]).float().mean().item()
+    assert accuracy == pytest.approx(max(float(row["val_accuracy"]) for row in rows), abs=1e-6)
+
+    main.main(["fit", *quiet, "--trainer.max_epochs=3", f"--ckpt_path={folder / 'last.ckpt'}"])
+    (again,) = (path for path in tmp_path.glob("runs/averages/*/checkpoints") if path != folder)
+    entry = torch.load(again / "last.ckpt", weights_only=True)["callbacks"]["EMACallback{'name': 'ema'}"]
+    assert entry["num_steps"] == 3 * 38  # 1,197 digits in batches of 32
+    assert entry["config"]["decay"] == "[HalfLife(epochs=1.0), Warmup(0.99), Equal()]"
