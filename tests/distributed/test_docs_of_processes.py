@@ -3,6 +3,7 @@
 import re
 import shlex
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ def folder(tmp_path_factory):
         assert program == "python"
         ran = python(*arguments, cwd=folder)
         assert ran.returncode == 0, f"{arguments}: {ran.stderr[-3000:]}"
+        (folder / f"{arguments[0]}.out").write_text(ran.stdout)
     return folder
 
 
@@ -43,3 +45,13 @@ def test_each_leaves_a_checkpoint_of_the_steps_it_took(folder):
         steps[name.split(".")[0]] = entry["num_updates"]
     # 1,024 samples in batches of 32, by the number of data-parallel processes
     assert steps == {"ddp": 3 * 16, "fsdp": 2 * 16 + 32, "two_dimensions": 16, "teacher": 2 * 16}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_was_scored_under_ddp_is_what_was_saved_after_fit(folder):
+    script = run_path(str(folder / "ddp.py"))
+    module = script["Model"].load_from_checkpoint(folder / "ddp.ckpt").eval()
+    with torch.no_grad():  # BatchNorm statistics too, of which each process had its own
+        losses = [module.loss(batch).item() for batch in script["data"](256)]
+    said = re.findall(r"val_loss: ([\d.e-]+)", (folder / "ddp.py.out").read_text())
+    assert [float(each) for each in said] == pytest.approx([sum(losses) / len(losses)] * 2, rel=1e-5)
