@@ -320,12 +320,6 @@ class TestRefusals:
         average.step()
         assert take(Snapshots(tmp_path, every_n_steps=1), [average]) is not None
 
-    def test_averages_of_which_each_process_keeps_a_part(self, tmp_path):
-        average = WeightAverage(nn.Linear(2, 1), Constant(0.9))
-        average.processes = 2  # as shard=True has it in two processes
-        with pytest.raises(ValueError, match=r"written by one process.*Leave snapshots out"):
-            take(Snapshots(tmp_path, every_n_steps=1), [average])
-
 
 def test_it_draws_no_random_number_and_does_not_touch_the_weights(tmp_path):
     averages = tracked(seeded(Regression))
