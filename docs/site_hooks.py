@@ -14,20 +14,23 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"(?<=\]\()(?!\w+:)([^)#\s]+)(?=[)#\s])")
 DIRECTIVE = re.compile(r"^::: lightning_ema\.(\w+)$", re.MULTILINE)
+ORIGINS = {}  # of the pages made for files outside of docs/, by page
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml"}
 
 
 def on_files(files, *, config):
     """Adds a page for each file outside of docs/ that a page links to, and writes the navigation out."""
-    made, documented = {}, set()
-    for page in list(files.documentation_pages()):
+    ORIGINS.clear()
+    unread, documented = list(files.documentation_pages()), set()
+    while unread:
+        page = unread.pop()
         documented.update(DIRECTIVE.findall(page.content_string))
         for link in LINK.findall(page.content_string):
-            path = in_repository(PurePosixPath("docs", page.src_uri), link)
-            if path.parts[0] != "docs" and (ROOT / path).is_file():
-                made[path] = File.generated(config, uri_of(path), content=content_of(path))
-    for file in made.values():
-        files.append(file)
+            path = in_repository(origin(page.src_uri), link)
+            if path.parts[0] != "docs" and (ROOT / path).is_file() and uri_of(path) not in ORIGINS:
+                ORIGINS[uri_of(path)] = path
+                unread.append(File.generated(config, uri_of(path), content=content_of(path)))
+                files.append(unread[-1])
     if missing := sorted(exported() - documented):
         logging.getLogger("mkdocs.hooks").warning("docs/reference has no place for %s", ", ".join(missing))
     config.nav = written_out(config.nav, {file.src_uri for file in files.documentation_pages()}, set(uris(config.nav)))
@@ -43,16 +46,21 @@ def exported():
 
 
 def on_page_markdown(markdown, *, page, config, files):
-    """Turns links to files outside of docs/ into links to their pages."""
-    here = PurePosixPath("docs", page.file.src_uri)
+    """Leads links to files outside of docs/, and all links of such a file, to the pages of the site."""
+    uri = page.file.src_uri
 
     def rewritten(found):
-        path = in_repository(here, found[0])
-        if path.parts[0] == "docs" or not (ROOT / path).is_file():
-            return found[0]
-        return posixpath.relpath(uri_of(path), posixpath.dirname(page.file.src_uri) or ".")
+        path = in_repository(origin(uri), found[0])
+        target = uri_of(path) if path.parts[0] != "docs" else str(path.relative_to("docs"))
+        known = files.get_file_from_path(target) is not None
+        return posixpath.relpath(target, posixpath.dirname(uri) or ".") if known else found[0]
 
     return LINK.sub(rewritten, markdown)
+
+
+def origin(uri):
+    """The file of a page, seen from the repository's root."""
+    return ORIGINS.get(uri, PurePosixPath("docs", uri))
 
 
 def in_repository(page, link):
