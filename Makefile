@@ -3,11 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-oldest test-peers lint docs docs-serve reproduce bench gallery clean
+.PHONY: help setup demo test test-oldest test-peers lint docs docs-serve reproduce bench bench-distributed gallery clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 setup: $(VENV)/ready  ## create .venv and install the pinned dependencies
 
@@ -65,8 +65,11 @@ $(VENV)/peers: $(VENV)/ready
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps $(PEERS)
 	@touch $@
 
-bench: setup  ## print the cost of an update and of the callback, as ratios
-	@$(BIN)/python benchmarks/update.py
+bench: setup  ## print what averaging costs, beside what other systems cost (10 minutes; test-peers installs them)
+	@$(BIN)/python -W ignore benchmarks/bench.py
+
+bench-distributed: setup  ## print what an average costs on each of 1, 2 and 4 processes (DDP, FSDP2)
+	@$(BIN)/python benchmarks/distributed.py
 
 gallery: setup  ## draw the pictures of docs/how-to/schedule-gallery.md
 	@$(BIN)/python docs/gallery.py

@@ -1,158 +1,134 @@
-"""What averaging costs: the update, the callback's own time in a step, and a loan. Ratios taken in one run.
+"""What an update costs, beside one `lerp_` over a single flat float32 tensor with as many elements.
 
-    python benchmarks/update.py            # about half a minute
+    python benchmarks/update.py
 
-CPU time on one thread, so that other work on the machine disturbs little; candidates take turns, medians count.
+The flat `lerp_` reads and writes each element once and walks no list: what the memory allows.
 """
 
-import argparse
-import logging
-import statistics
-import time
-import warnings
+from __future__ import annotations
+
 from collections.abc import Callable
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from measure import Make, Table, Work, arguments, compare
+from models import gpt2, resnet50, size, tiny
+from peers import PEERS
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_ema import Constant, EMACallback, WeightAverage
+from lightning_ema import Constant, WeightAverage
 
-RESNET50_WIDTHS = ((64, 3), (128, 4), (256, 6), (512, 3))
+Build = Callable[[], nn.Module]
 
-
-def resnet50_like() -> nn.Module:
-    """The 161 parameters of a ResNet-50, 25.6 million elements, each in a module of its own as in the original."""
-    shapes: list[tuple[int, ...]] = [(64, 3, 7, 7), (64,), (64,)]
-    channels = 64
-    for width, blocks in RESNET50_WIDTHS:
-        for block in range(blocks):
-            shapes += [(width, channels, 1, 1), (width,), (width,), (width, width, 3, 3), (width,), (width,)]
-            shapes += [(4 * width, width, 1, 1), (4 * width,), (4 * width,)]
-            if block == 0:
-                shapes += [(4 * width, channels, 1, 1), (4 * width,), (4 * width,)]
-            channels = 4 * width
-    shapes += [(1000, 2048), (1000,)]
-    return nn.ModuleList(nn.ParameterList([nn.Parameter(torch.randn(shape))]) for shape in shapes)
+RATE = 1e-3
+DECAYS = [Constant(0.999), Constant(0.99), Constant(0.9999)]
 
 
-def cpu_seconds(work: Callable[[], object], repeats: int) -> float:
-    start = time.process_time()
+def flat_lerp(module: nn.Module) -> Work:
+    elements = sum(p.numel() for p in module.parameters())
+    average, live = torch.randn(elements), torch.randn(elements)
+    return lambda: average.lerp_(live, RATE)
+
+
+def bare_foreach(module: nn.Module) -> Callable[[], Work]:
+    def make() -> Work:
+        lives = [p.detach() for p in module.parameters()]
+        averages = [live.clone() for live in lives]
+        return lambda: torch._foreach_lerp_(averages, lives, RATE)
+
+    return make
+
+
+def updates(build: Build, buffers: bool = False, dtype: torch.dtype | None = None) -> dict[str, Make]:
+    """The updates of all peers. With ``dtype``, weights are cast to it under an average that began in float32."""
+
+    def making(name: str) -> Make:
+        def make() -> Work | str:
+            module = build()
+            peer = PEERS[name](module, buffers)
+            if isinstance(peer, str):
+                return peer
+            module.to(dtype)
+            try:
+                peer.update()
+                peer.update()  # the first one only copies in several of them
+            except RuntimeError:
+                return "refuses"
+            return peer.update
+
+        return make
+
+    return {name: making(name) for name in PEERS}
+
+
+def several(module: nn.Module, count: int) -> Make:
+    def make() -> Work:
+        average = WeightAverage(module, DECAYS[:count])
+        return average.step
+
+    return make
+
+
+def on_cuda() -> Table:
+    """Device time, as a share of what a copy from device to device of the same bytes takes."""
+    table = Table("update_cuda", "update on a CUDA device, gpt2", ["ms", "x the time of a copy of these bytes"])
+    if not torch.cuda.is_available():
+        table.title += ": no CUDA device here, not measured"
+    for dtype, bytes_an_element in ((torch.float32, 12), (torch.bfloat16, 10)) if torch.cuda.is_available() else ():
+        module = gpt2().to("cuda", dtype)
+        average = WeightAverage(module, Constant(0.999))
+        elements = sum(p.numel() for p in module.parameters())
+        source = torch.empty(elements * bytes_an_element // 2, dtype=torch.uint8, device="cuda")  # read and written
+        target = torch.empty_like(source)
+        copying, updating = device_ms(lambda t=target, s=source: t.copy_(s)), device_ms(average.step)
+        table.rows[str(dtype)] = [updating, updating / copying]
+    table.show()
+    return table
+
+
+def device_ms(work: Work, repeats: int = 50) -> float:
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    work()
+    begin.record()
     for _ in range(repeats):
         work()
-    return (time.process_time() - start) / repeats
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / repeats
 
 
-def take_turns(candidates: dict[str, Callable[[], object]], rounds: int, repeats: int) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for work in candidates.values():
-        work()
-    for _ in range(rounds):
-        for name, work in candidates.items():
-            times[name].append(cpu_seconds(work, repeats))
-    return times
-
-
-def update(rounds: int) -> None:
-    module = resnet50_like()
-    lives = [p.detach() for p in module.parameters()]
-    average = WeightAverage(module, Constant(0.999))
-    with_check = WeightAverage(module, Constant(0.999), on_nonfinite="skip")
-    bare = [live.clone() for live in lives]
-    times = take_turns(
-        {
-            "bare torch._foreach_lerp_": lambda: torch._foreach_lerp_(bare, lives, 1e-3),
-            "WeightAverage.step": average.step,
-            "WeightAverage.step, on_nonfinite='skip'": with_check.step,
-        },
-        rounds,
-        repeats=3,
-    )
-    reference = times["bare torch._foreach_lerp_"]
-    print(f"\nupdate of {len(lives)} float32 tensors, {sum(t.numel() for t in lives) / 1e6:.1f} million elements")
-    for name, seconds in times.items():
-        ratio = statistics.median(a / b for a, b in zip(seconds, reference, strict=True))
-        print(f"  {name:42} {1e3 * statistics.median(seconds):8.2f} ms   {ratio:5.2f} x bare")
-
-
-def loan(rounds: int) -> None:
-    module = resnet50_like()
-    average = WeightAverage(module, Constant(0.999))
-    tensors = len(list(average.named_tensors()))
-    times = take_turns({"loan": lambda: average.lend().recall()}, rounds, repeats=20)
-    each = 1e6 * statistics.median(times["loan"]) / tensors
-    print(f"\nloan and recall of {tensors} tensors, 102 MB: {each:.2f} us a tensor")
-
-
-class Mlp(LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 1))
-
-    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
-        return self.net(batch[0]).square().mean()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), 0.01)
-
-
-class Timed:
-    """Adds up the time that the wrapped functions take."""
-
-    def __init__(self) -> None:
-        self.nanoseconds: list[int] = []
-
-    def __call__(self, work: Callable[..., object]) -> Callable[..., object]:
-        def timed(*args: object, **kwargs: object) -> object:
-            start = time.perf_counter_ns()
-            result = work(*args, **kwargs)
-            self.nanoseconds.append(time.perf_counter_ns() - start)
-            return result
-
-        return timed
-
-
-def hook_microseconds(callback: Callback, steps: int) -> float:
-    """The median time a step of all the callback's work in it, its optimizer hooks included."""
-    hooks = [Timed(), Timed(), Timed(), Timed()]
-    callback.on_train_batch_start = hooks[0](callback.on_train_batch_start)  # type: ignore[method-assign]
-    callback.on_train_batch_end = hooks[1](callback.on_train_batch_end)  # type: ignore[method-assign]
-    if isinstance(callback, EMACallback):
-        callback._steps._enter = hooks[2](callback._steps._enter)  # type: ignore[assignment,method-assign]
-        callback._steps._leave = hooks[3](callback._steps._leave)  # type: ignore[assignment,method-assign]
-    data = DataLoader(TensorDataset(torch.randn(steps, 8)), batch_size=1)
-    trainer = Trainer(
-        accelerator="cpu", max_epochs=1, logger=False, callbacks=[callback], enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(Mlp(), data)
-    per_step = [sum(parts) for parts in zip(*(hook.nanoseconds for hook in hooks if hook.nanoseconds), strict=True)]
-    return statistics.median(per_step) / 1e3
-
-
-def hook(steps: int) -> None:
-    ours = [hook_microseconds(EMACallback(Constant(0.99)), steps) for _ in range(3)]
-    theirs = [hook_microseconds(EMAWeightAveraging(decay=0.99), steps) for _ in range(3)]
-    print("\nthe callback's own time in a training step of a 6-tensor MLP")
-    print(f"  {'EMACallback':42} {statistics.median(ours):8.1f} us")
-    ratio = statistics.median(theirs) / statistics.median(ours)
-    print(f"  {'lightning.pytorch EMAWeightAveraging':42} {statistics.median(theirs):8.1f} us   {ratio:5.1f} x ours")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few rounds, to see that it runs")
-    quick = parser.parse_args().quick
-    torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
-    print(f"torch {torch.__version__}, one thread")
-    update(rounds=3 if quick else 15)
-    loan(rounds=3 if quick else 15)
-    hook(steps=100 if quick else 2000)
+def main(rounds: int) -> list[Table]:
+    tables = []
+    ms, us = ("ms", 1e3), ("us a tensor", 1e6)
+    for name, build in (("resnet50", resnet50), ("gpt2", gpt2)):
+        module = build()
+        reference = ("flat lerp_", flat_lerp(module))
+        title = f"update, {name}: {size(module)}, float32"
+        candidates = {"bare torch._foreach_lerp_": bare_foreach(module), **updates(lambda m=module: m)}
+        tables.append(compare(f"update_{name}", title, ms, reference, candidates, rounds))
+        title = f"update, {name}: {size(module)}, bfloat16 weights, float32 average"
+        candidates = updates(build, dtype=torch.bfloat16)
+        tables.append(compare(f"update_{name}_bf16", title, ms, reference, candidates, rounds))
+    module = resnet50(statistics=True)
+    title = f"update, resnet50 with its 106 floating-point BatchNorm buffers: {size(module)}"
+    reference = ("flat lerp_", flat_lerp(module))
+    candidates = updates(lambda: module, buffers=True)
+    tables.append(compare("update_buffers", title, ms, reference, candidates, rounds))
+    candidates = {
+        f"{kind}, {count} decays": several(resnet50().to(dtype), count)
+        for kind, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
+        for count in (1, 2, 3)
+    }
+    title = f"several decays in one update, resnet50: {size(module)}"
+    tables.append(compare("update_several", title, ms, reference, candidates, rounds))
+    module = tiny()
+    per_tensor = (us[0], us[1] / len(list(module.parameters())))
+    bare = ("bare torch._foreach_lerp_", bare_foreach(module)())
+    for dtype in (torch.float32, torch.bfloat16):
+        title = f"update, many tiny tensors: {size(module)}, {dtype} weights, float32 average"
+        name = f"update_tiny_{str(dtype).removeprefix('torch.')}"
+        tables.append(compare(name, title, per_tensor, bare, updates(tiny, dtype=dtype), rounds))
+    return [*tables, on_cuda()]
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments(__doc__))

@@ -83,11 +83,19 @@ def save_needs_all() -> str:
     )
 
 
+def not_returned() -> str:
+    """A warning where a checkpoint is saved by a process to which no average returned."""
+    return (
+        "the averages stayed in the processes that the strategy spawned; only the module's weights returned. This "
+        "checkpoint holds these, and no average to resume from. Save during fit, with ModelCheckpoint."
+    )
+
+
 def shared_among_others(processes: int, now: int) -> str:
     """Said where a loan of a shared average is asked for by other processes than those that keep its parts."""
     return (
-        f"the average is shared among {processes} processes (shard=True), but this trainer has {now}. Evaluate in the "
-        "trainer that fitted, or with after_fit='average', which leaves the whole average in the module."
+        f"the average is shared among {processes} processes (shard=True), but this trainer has {now}. Fit and "
+        "evaluate with as many, or resume from a checkpoint; after_fit='average' leaves the whole one in the module."
     )
 
 

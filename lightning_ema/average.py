@@ -255,8 +255,14 @@ class WeightAverage:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Inside this block the module carries its live weights, or is lent others; then the present loan goes on."""
-        with nullcontext() if self.loan is None else self._put_down("loan"):
+        """Inside this block the module carries its live weights, or is lent others.
+
+        Afterwards it carries again what it was lent or what was delivered to it, without asking another process.
+        """
+        with (
+            self._put_down("loan") if self.loan is not None else nullcontext(),
+            self._put_down("delivery") if self.delivered else nullcontext(),
+        ):
             yield
 
     @contextmanager
@@ -390,7 +396,8 @@ class WeightAverage:
         """What a loan does about buffers that differ among processes, such as BatchNorm statistics.
 
         ``"first"``: all are lent those of the first process; ``"mean"``: their mean; None: each its own. What is stored
-        stays each process's own. All processes must take part in a loan then.
+        stays each process's own. All processes must take part in a loan then, and in an update that looks for
+        ``on_nonfinite``: where weights or statistics are not finite in one of them, all leave the update out.
         """
         return self._course.reconcile
 

@@ -18,6 +18,7 @@ from lightning_ema.advice import (
     chosen,
     introduction,
     no_step_seen,
+    not_returned,
     other_settings,
     save_needs_all,
     shared_among_others,
@@ -178,6 +179,7 @@ class EMACallback(Callback):
         self._skips_said = False
         self._begun: second_pass.Begun | None = None
         self._scored: list[tuple[str, list[Result]]] = []
+        self._overwritten = False
 
     def _check_select(self, select: str, evaluate: Evaluate, others: Others, buffers: Buffers) -> None:
         if not isinstance(select, str) or not select:
@@ -218,6 +220,11 @@ class EMACallback(Callback):
         if self.shard:
             trainer_facts.check_shard(trainer)
         trainer_facts.check_callbacks(trainer)
+        if self.average is not None:
+            self.average.alone = False  # all processes have met, or none would be here
+        self._overwritten = trainer_facts.overwrites_weights(trainer)
+        if self._overwritten:
+            self._drop_if_edited()  # as long as it can be told
         for argument, value in (("evaluate", "both"), ("others", "evaluate")):
             if getattr(self, argument) == value:
                 second_pass.check(trainer, f"{argument}={value!r}")
@@ -248,13 +255,13 @@ class EMACallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._custody is None:
-            self._take_up(pl_module, self._new_custody(pl_module))
+            self._take_up(pl_module, self._new_custody(trainer, pl_module))
             sizes = [tensor.numel() for _, tensor in self._require().named_live()]
             self._say(introduction(self.settings.decays, sizes))
             if self.switch_every is not None:
                 self._say(switching(self.switch_every))
         self._steps.hold(self._require().owns)
-        self._require().alone = False
+        self._meet(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         custody, average = self._held(), self._require()
@@ -340,6 +347,7 @@ class EMACallback(Callback):
         self._recall()
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._forgive()
         self._lend(trainer, pl_module)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -361,7 +369,7 @@ class EMACallback(Callback):
         finally:
             self._steps.release()
             if self._custody is not None and not fitting:
-                self._custody.reject_file()
+                self._reject_file(self._custody)
             elif self._custody is not None and (began or not self._custody.left):
                 self._custody.leave(deliver=False)
 
@@ -374,7 +382,12 @@ class EMACallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         self._drop_if_edited()
         self._absorb()
-        return {} if self._custody is None else {**self._custody.entry(), "config": self._config()}
+        if self._custody is None:
+            return {}
+        trainer = trainer_facts.trainer_of(self._custody.average.module)
+        if trainer is not None:
+            self._meet(trainer)
+        return {**self._custody.entry(), "config": self._config()}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self.average is not None and self.average.module is not pl_module:
@@ -382,6 +395,8 @@ class EMACallback(Callback):
         elif self._custody is not None:
             ModuleHook.hang(pl_module, "on_save_checkpoint", self._around_modules_save)  # again, if it was displaced
             self._put_average(trainer, self._custody, checkpoint)
+        elif trainer_facts.spawns(trainer) and trainer_facts.is_fitting(trainer):
+            self._warn(not_returned())
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if not trainer_facts.is_fitting(trainer):
@@ -395,7 +410,7 @@ class EMACallback(Callback):
             self._say("the checkpoint holds no average; it starts from its weights.")
             if not self._steps.held:
                 return  # it is built where every other average is, in on_fit_start
-        custody = self._new_custody(pl_module)
+        custody = self._new_custody(trainer, pl_module)
         if entry is not None:
             custody.resume(entry)
             if entry["config"].get("switch_every") != self._config()["switch_every"]:
@@ -425,11 +440,14 @@ class EMACallback(Callback):
             with custody.carried(self._batches(trainer)):
                 own(checkpoint)
                 missing = custody.average.not_held_by(checkpoint.get("state_dict", {}))
+                if entry is not None and custody.average.processes > 1:
+                    missing = [name for name in missing if name not in entry["average"]]  # gathered for it already
                 if "state_dict" in checkpoint:
                     checkpoint["state_dict"] = custody.lasting(checkpoint["state_dict"])
             if entry is not None:  # not from inside the loan, in which averages may lie in the module's own storage
                 names = distributed_checkpoint.agreed(trainer, custody.average, missing)
-                entry["average"].update((n, tensor) for n, tensor in custody.average.named_tensors() if n in names)
+                if names:
+                    entry["average"].update((n, tensor) for n, tensor in custody.average.named_tensors() if n in names)
         if entry is not None and custody.average.sharded:
             distributed_checkpoint.store(trainer, checkpoint, entry)
 
@@ -459,12 +477,12 @@ class EMACallback(Callback):
         own = {"buffers": buffers, "start_epoch": self.start_epoch, "switch_every": self.switch_every or "never"}
         return {**self.settings.describe(), **own}
 
-    def _new_custody(self, pl_module: LightningModule) -> Custody:
+    def _new_custody(self, trainer: Trainer, pl_module: LightningModule) -> Custody:
         arguments = self.settings.as_arguments()
         arguments["exclude"] = (*self.settings.exclude, *getattr(pl_module, "left_out_of_averages", ()))
         if self.start_epoch > 0:
             arguments["start_step"] = UNTIL_EPOCH
-        average = WeightAverage(pl_module, **arguments, shard=self.shard)
+        average = WeightAverage(pl_module, **arguments, shard=self.shard and trainer.world_size > 1)
         return Custody(average, self.evaluate != "live", self.recalibrate_batches > 0)
 
     def _take_up(self, pl_module: LightningModule, custody: Custody) -> None:
@@ -524,6 +542,7 @@ class EMACallback(Callback):
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes what further passes are to find again; a file that is evaluated has none."""
+        self._forgive()
         mine = self.average is not None and self.average.module is pl_module and not self._held().holds_file
         asked = self._further_passes() or self.select is not None
         due = mine and not trainer.sanity_checking and asked
@@ -561,6 +580,7 @@ class EMACallback(Callback):
         begun, self._begun = self._begun, None
         if begun is None:
             return
+        self._meet(trainer)
         for suffix, results in self._scored:
             second_pass.log_again(pl_module, results, suffix)
         for suffix, place in self._further_passes().items():
@@ -587,6 +607,19 @@ class EMACallback(Callback):
                 "live weights of that fit are dropped."
             )
             self._forget()
+
+    def _forgive(self) -> None:
+        """Before an evaluation a strategy may have overwritten weights by the same weights."""
+        if self._overwritten and self._custody is not None:
+            self._custody.overwritten()
+        self._overwritten = False
+
+    def _reject_file(self, custody: Custody) -> None:
+        try:
+            custody.reject_file()
+        except RuntimeError as error:
+            rank_zero_warn(f"{error} The module is left with its live weights.")
+            custody.leave(deliver=False)
 
     def _forget(self) -> None:
         if self._custody is not None:

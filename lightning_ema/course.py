@@ -14,7 +14,7 @@ from lightning_ema.pairing import Pairing
 from lightning_ema.schedules import Plan, Schedule
 from lightning_ema.settings import Settings
 from lightning_ema.shards import all_across, local
-from lightning_ema.shares import Reconcile
+from lightning_ema.shares import Reconcile, everyone
 from lightning_ema.state import COUNTERS
 
 
@@ -99,7 +99,8 @@ class Course:
     def _finite(self, lives: list[Tensor]) -> bool:
         finite = all_finite(lives)
         device = next(iter(self.pairing.pairs())).live.device
-        return finite if self.alone else all_across(finite, self.pairing.groups, device)
+        together = self.pairing.groups or (everyone() if self.reconcile is not None else ())
+        return finite if self.alone else all_across(finite, together, device)
 
     def _decay(self, schedule: Schedule, after: int, upto: int) -> float:
         if upto - after == 1 or self._settings.decay_per == "update":

@@ -107,11 +107,9 @@ class Custody:
 
         Afterwards it carries again what it did before, also on errors.
         """
-        before = self.average.lends if self.average.loan is not None else None
-        delivered = self.average.delivered
+        carries = self.average.loan is not None or self.average.delivered
+        before = self.average.lends if carries else None
         self._take_statistics_out()
-        if delivered:
-            self.average.take_back()
         try:
             with self.average.suspended():
                 try:
@@ -121,9 +119,7 @@ class Custody:
                 finally:
                     self.recall()
         finally:
-            if delivered:
-                self._deliver()
-            elif before is not None:
+            if before is not None:
                 self._put_statistics_in(before, None)
 
     def _lend(self, place: int, batches: Batches | None) -> None:
@@ -147,7 +143,7 @@ class Custody:
             statistics.put_in(None, updates)
         else:
             with batches as inputs:
-                statistics.put_in(inputs, updates)
+                statistics.put_in(inputs, updates, together=self.average.reconcile is not None)
 
     def _take_statistics_out(self) -> None:
         for statistics in self._statistics:
@@ -169,6 +165,11 @@ class Custody:
     def edited(self) -> bool:
         """Whether anyone but a file under test has written to the module since the fit."""
         return self._footprint is not None and not self._footprint.intact()
+
+    def overwritten(self) -> None:
+        """What was written to every parameter once was what it held: that is no edit."""
+        if self._footprint is not None and self._footprint.intact(writes=1):
+            self._footprint = Footprint(self.average.module)
 
     def put_aside(self) -> None:
         """A file is about to be loaded for an evaluation: the live weights are copied, the average goes home."""
@@ -241,7 +242,7 @@ class Custody:
         """Takes up an average of Lightning's ``WeightAveraging`` in the same way."""
         counters = {"num_steps": steps, "num_updates": updates, "last_update_step": steps}
         loaded = dict(self.average.named_live())  # the file's average
-        averages = {"average": loaded, "others": [loaded for _ in self.average.averages[1:]]}
+        averages = {"average": loaded, "others": [loaded for _ in self.average.averages[1:]], "origin": loaded}
         self.average.load_state_dict({**self.average.state_dict(), **counters, **averages})
         self.average.module.load_state_dict(live, strict=False)
 

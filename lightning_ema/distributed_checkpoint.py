@@ -28,8 +28,8 @@ def store(trainer: Trainer, checkpoint: dict[str, Any], entry: dict[str, Any]) -
 
 
 def agreed(trainer: Trainer, average: WeightAverage, missing: list[str]) -> list[str]:
-    """What ``state_dict`` does not hold. Of a gathered one only the first process can say."""
-    return trainer_facts.agreed(trainer, missing) if average.sharded else missing
+    """What ``state_dict`` does not hold. Of a gathered one only the first process can say, and it alone writes."""
+    return trainer_facts.agreed(trainer, missing) if average.sharded or average.processes > 1 else missing
 
 
 def fetch(trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any], entry: dict[str, Any]) -> None:

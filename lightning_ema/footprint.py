@@ -22,14 +22,14 @@ class Footprint:
         self._module = module
         self._left: list[tuple[Tensor, int, torch.dtype]] | None = _versions(module)
 
-    def intact(self) -> bool:
-        """Whether no parameter was replaced or written to since."""
+    def intact(self, writes: int = 0) -> bool:
+        """Whether no parameter was replaced since, and each was written to so many times."""
         now = _versions(self._module)
         if self._left is None:  # a copy of an intact one: in it, tensors and their versions are new
             self._left = now
         if len(now) != len(self._left):
             return False
-        return all(a[0] is b[0] and a[1:] == b[1:] for a, b in zip(now, self._left, strict=True))
+        return all(a[0] is b[0] and a[1:] == (b[1] + writes, b[2]) for a, b in zip(now, self._left, strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_module": self._module, "_left": None if self.intact() else []}

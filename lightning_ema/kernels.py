@@ -84,12 +84,12 @@ def _staged(
 
     The scratch is of ``dtype``, or that of the second list, on whose device it lies.
     """
-    scratch = torch.empty(0)
+    targets = lists[1]
+    if not targets:
+        return
+    count = min(size, sum(tensor.numel() for tensor in targets))
+    scratch = torch.empty(count, dtype=dtype or targets[0].dtype, device=targets[0].device)
     for lists_here in portions(lists, size):
-        if scratch.numel() == 0:
-            first = lists_here[1][0]
-            count = min(size, sum(tensor.numel() for tensor in lists[1]))
-            scratch = torch.empty(count, dtype=dtype or first.dtype, device=first.device)
         sizes = [tensor.numel() for tensor in lists_here[1]]
         used = scratch[: sum(sizes)]
         views = [shaped(part, tensor) for part, tensor in zip(torch.split(used, sizes), lists_here[1], strict=True)]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from lightning_ema.selection import Survey
+from lightning_ema.shares import reconcile_
 
 
 class Recalibration:
@@ -37,13 +38,14 @@ class Recalibration:
         """The module's own tensors that are written to."""
         return list(statistics_of(self._module).values())
 
-    def put_in(self, batches: Iterable[Any] | None, made_at: int) -> None:
+    def put_in(self, batches: Iterable[Any] | None, made_at: int, together: bool = False) -> None:
         """Lets the module, which carries the average, carry the statistics that belong to it.
 
         Args:
             batches: training batches to estimate them from where that has not been done for ``made_at``; None to make
                 do with what there is, which may be the live ones.
             made_at: the number of updates of the average.
+            together: whether all processes estimate them now, each from batches of its own.
         """
         current = statistics_of(self._module)
         self._live = {name: tensor.clone() for name, tensor in current.items()}
@@ -51,6 +53,8 @@ class Recalibration:
             with torch.inference_mode(False), torch.no_grad():
                 if self.made_at != made_at and batches is not None:
                     update_bn(batches, self._module)
+                    if together:
+                        reconcile_([tensor for tensor in current.values() if tensor.is_floating_point()], "mean")
                     self.keep(made_at)
                 else:
                     _write(self.estimated, current)

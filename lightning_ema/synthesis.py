@@ -95,6 +95,11 @@ def synthesize(
     wanted = Power(sigma_rel=sigma_rel) if profile is None else profile
     if not isinstance(wanted, Schedule):
         raise TypeError(f"synthesize: profile is {wanted!r}; it must be a Schedule, for instance HalfLife(steps=1000).")
+    if wanted.corrects:
+        raise ValueError(
+            f"synthesize: profile={wanted!r} corrects its average by the live weights, which snapshots do not hold. "
+            "Ask for a schedule without a correction, for instance Power(sigma_rel=0.075)."
+        )
     combination = combine(snapshots_of_one_run(snapshots), wanted, at_step)
     if refused := refusal(combination):
         raise ValueError(refused)

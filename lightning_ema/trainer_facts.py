@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 import lightning_utilities.core.rank_zero as rank_zero
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 
 from lightning_ema.schedules import Plan
 from lightning_ema.shares import Reconcile
@@ -101,10 +101,16 @@ def reconcile(trainer: Trainer) -> Reconcile | None:
 
     DDP gives all of them those of the first process in each forward pass, unless ``broadcast_buffers=False``.
     """
-    model = trainer.strategy.model
-    if trainer.world_size == 1 or not is_fitting(trainer):
+    if trainer.world_size == 1:
         return None
-    return "first" if isinstance(model, DistributedDataParallel) and model.broadcast_buffers else "mean"
+    strategy = trainer.strategy  # not its DistributedDataParallel: evaluations have none, nor has the end of a fit
+    broadcast = isinstance(strategy, DDPStrategy) and strategy._ddp_kwargs.get("broadcast_buffers", True)
+    return "first" if broadcast else "mean"
+
+
+def overwrites_weights(trainer: Trainer) -> bool:
+    """Whether the strategy gives all processes the weights of the first one before an evaluation."""
+    return trainer.world_size > 1 and isinstance(trainer.strategy, DDPStrategy) and not is_fitting(trainer)
 
 
 def plan(trainer: Trainer) -> Plan:
@@ -161,9 +167,9 @@ def logs_this_step(trainer: Trainer) -> bool:
     return bool(trainer.loggers) and trainer._logger_connector.should_update_logs
 
 
-def trainer_of(module: LightningModule) -> Trainer | None:
+def trainer_of(module: nn.Module) -> Trainer | None:
     """The trainer that the module is attached to; None where there is none."""
-    return module._trainer
+    return module._trainer if isinstance(module, LightningModule) else None
 
 
 def process_of(trainer: Trainer | None) -> tuple[int, int]:

@@ -278,19 +278,22 @@ class TestLogging:
         assert [int(row["step"]) for row in table] == [2, 5, 8, 11]
         assert [float(row["ema/updates"]) for row in table] == [3, 6, 9, 12]
         assert [float(row["ema/decay"]) for row in table] == pytest.approx([4 / 13, 7 / 16, 10 / 19, 13 / 22])
-        assert [float(row["ema/distance"]) for row in table] == pytest.approx(distances)
-        assert len(distances) == 4  # not computed in between
+        assert [float(row["ema/distance"]) for row in table] == pytest.approx(distances[:4])
+        assert len(distances) == 5  # not computed in between; the last one is for the report at the end
 
     def test_nothing_reaches_the_progress_bar_and_names_keep_callbacks_apart(self, tmp_path):
         this, _ = self.logged(tmp_path, ema(), ema(name="slow", evaluate="live"))
         assert this.progress_bar_metrics == {}
         assert {"ema/decay", "slow/decay", "ema/distance", "slow/updates"} <= set(this.logged_metrics)
 
-    def test_without_a_logger_nothing_is_measured(self, monkeypatch):
+    def test_without_a_logger_one_distance_is_measured_at_the_end(self, monkeypatch):
         from lightning_ema import WeightAverage
 
-        monkeypatch.setattr(WeightAverage, "distance", lambda self: 1 / 0)
+        steps = []
+        distance = WeightAverage.distance
+        monkeypatch.setattr(WeightAverage, "distance", lambda self: steps.append(self.num_steps) or distance(self))
         fit(seeded(), ema(), log_every_n_steps=1)
+        assert steps == [12]
 
     def test_the_first_fit_says_what_is_averaged_and_that_a_number_is_warmed_up(self, caplog):
         with caplog.at_level("INFO"):

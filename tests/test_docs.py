@@ -15,10 +15,12 @@ from lightning_ema import EMACallback
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SCRIPT = re.compile(r"# \w+\.py\n")  # one of several processes: distributed/test_docs_of_processes.py runs it
 
 
 def blocks(page, language):
-    return [text for found, text in FENCE.findall(page.read_text()) if found == language]
+    texts = [text for found, text in FENCE.findall(page.read_text()) if found == language]
+    return [text for text in texts if not SCRIPT.match(text)]
 
 
 def what_a_reader_has():

@@ -196,6 +196,16 @@ def test_the_first_update_after_an_import_is_that_of_an_uninterrupted_run(tmp_pa
         torch.testing.assert_close(tensor, decay * AVERAGE[name] + (1 - decay) * live[name])
 
 
+def test_updates_that_are_fewer_than_the_steps(tmp_path):
+    content = weight_averaging()
+    content["callbacks"]["EMAWeightAveraging{}"]["latest_update_step"] = 28
+    interop.write(interop.read(content), tmp_path / "x.ckpt", "lightning")
+    callback = ema()
+    watch = Watch(callback)
+    fit(seeded(), callback, watch, ckpt_path=tmp_path / "x.ckpt", max_steps=1)
+    assert watch.counters == (28, 7)
+
+
 @needs_weight_averaging
 def test_lightnings_own_files_go_on_with_their_epoch_and_optimizer(tmp_path):
     averaging = EMAWeightAveraging(decay=0.5)
@@ -372,8 +382,8 @@ def test_a_list_is_paired_in_order_where_shapes_leave_one_way_only():
 
 def test_a_tied_parameter_is_one_of_the_list():
     shared = torch.zeros(4, 3)
-    model = {"encoder.weight": shared, "middle.weight": torch.zeros(2, 3), "decoder.weight": shared}
-    paired = interop.named_in_order([torch.ones(4, 3), torch.ones(2, 3)], model)
+    model = {"encoder.weight": shared, "middle.weight": torch.zeros(4, 3), "decoder.weight": shared}
+    paired = interop.named_in_order([torch.ones(4, 3), torch.ones(4, 3)], model)
     assert list(paired) == ["encoder.weight", "middle.weight"]
 
 
@@ -470,7 +480,7 @@ def test_an_average_wider_than_the_model_is_not_rounded_through_it(tmp_path):
     )
     callback = ema(decay=0.5)
     watch = Watch(callback)
-    fit(seeded(norm=False), callback, watch, ckpt_path=tmp_path / "x.ckpt", max_steps=1, precision="bf16-true")
+    fit(seeded(norm=False).bfloat16(), callback, watch, ckpt_path=tmp_path / "x.ckpt", max_steps=1)
     assert equal(watch.averaged, wide) and equal(watch.live, halves)
 
 

@@ -43,6 +43,22 @@ def test_hanging_it_twice_hangs_it_once(hung):
     assert notes(module) == ["before", "own", "after"]
 
 
+def test_below_that_of_another_owner_it_is_not_hung_again(hung):
+    module, owner = hung
+    other = Owner()
+    for each in (other, owner, other, owner):
+        ModuleHook.hang(module, "on_save_checkpoint", each.around)
+    assert notes(module) == ["before", "before", "own", "after", "after"]
+
+
+def test_wrapped_by_a_user_and_hung_again_it_acts_once(hung):
+    module, owner = hung
+    wrapped = module.on_save_checkpoint
+    module.on_save_checkpoint = lambda checkpoint: wrapped(checkpoint)
+    ModuleHook.hang(module, "on_save_checkpoint", owner.around)
+    assert notes(module) == ["before", "own", "after"]
+
+
 def test_taken_down_it_leaves_no_trace(hung):
     module, owner = hung
     ModuleHook.take_down(module, "on_save_checkpoint", Owner().around)  # another owner's

@@ -1,10 +1,13 @@
 """Recommendations for a noisy quadratic, whose best average is found by brute force over all of its states."""
 
+import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import test_docs
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
@@ -18,6 +21,7 @@ from lightning_ema.recommendation import SIGMA_RELS, Scored, age_of, best, candi
 from lightning_ema.snapshots import take
 from lightning_ema.spelling import read_schedule
 
+PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "post-hoc.md"
 STEPS = 640
 CURVATURE = torch.logspace(-1.5, 0, 12, dtype=torch.float64)
 PROFILES = ["Power(sigma_rel=0.04)", "Power(sigma_rel=0.08)", "HalfLife(steps=40)", "Power(sigma_rel=0.15)", "Equal()"]
@@ -177,6 +181,20 @@ def test_refusals_before_anything_is_scored(arguments, complaint, run, scoring, 
 def test_scores_that_are_none(body, complaint, run, scoring, capsys):
     assert main(["recommend", str(run[0]), "--score", scoring(body), "--profiles", PROFILES[0]]) == 1
     assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_command_of_the_documentation(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    blocks, namespace = test_docs.blocks(PAGE, "python"), test_docs.what_a_reader_has()
+    for block in blocks:
+        exec(compile(block, str(PAGE), "exec"), namespace)
+    (module,) = [block for block in blocks if block.startswith("# score.py")]
+    (tmp_path / "score.py").write_text(module)
+    (command,) = re.findall(r"^python -m lightning_ema (recommend .*)$", PAGE.read_text(), re.MULTILINE)
+    assert main(command.split()) == 0
+    assert "<- best" in capsys.readouterr().out and (tmp_path / "curve.png").exists()
 
 
 def scored(*pairs):

@@ -194,8 +194,8 @@ class TestFacts:
         assert average.report() == (
             "5 steps, 2 updates with Constant(0.5). The decay ends at 0.5, a horizon of 2.0 steps; what is averaged is "
             "1.6 steps old on average. 6% of the average is still the weights at its start: the decay is too high for "
-            "so short a run. Lower it, or warm it up (a plain number is). Live weights and average lie 0.45 of the live "
-            "weights' norm apart, which says little while the start weighs so much."
+            "so short a run. Lower it, or warm it up (a plain number is). Live weights and average lie 0.45 of the "
+            "live weights' norm apart, which says little while the start weighs so much."
         )
 
     def test_it_changes_nothing_and_can_be_asked_at_any_time(self):
@@ -332,13 +332,6 @@ class TestInAFit:
         with caplog.at_level("INFO"):
             fit(seeded(), ema(), max_epochs=3, ckpt_path=tmp_path / "last.ckpt")
         assert "18 steps, 18 updates with" in self.paragraphs(caplog)[-1]
-
-    def test_training_is_the_same_and_distances_are_taken_once(self, monkeypatch):
-        taken = []
-        distance = WeightAverage.distance
-        monkeypatch.setattr(WeightAverage, "distance", lambda average: taken.append(1) or distance(average))
-        fit(seeded(), ema())
-        assert len(taken) == 1  # no logger: none during the run
 
     def test_a_teacher_has_one_too(self):
         class Student(MeanTeacherMixin, Regression):

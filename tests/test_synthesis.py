@@ -6,6 +6,7 @@ from helpers import Regression, seeded
 from torch import nn
 
 from lightning_ema import (
+    Bema,
     Constant,
     Debiased,
     Equal,
@@ -298,6 +299,7 @@ class TestRefusals:
             ({"sigma_rel": 0.3}, r"must lie in \(0, 0.2887\]"),
             ({"sigma_rel": 0.0}, "positive"),
             ({"sigma_rel": 0.005}, r"cannot be put together.*residual.*0\.1 is accepted"),
+            ({"profile": Bema()}, "Bema.* corrects its average by the live weights, which snapshots do not hold"),
             ({"profile": HalfLife(epochs=1)}, r"HalfLife\(steps="),
             ({"sigma_rel": 0.075, "at_step": 0}, "from step 1 to step 2048"),
             ({"sigma_rel": 0.075, "at_step": 2049}, "from step 1 to step 2048"),

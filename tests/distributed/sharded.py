@@ -94,9 +94,9 @@ def averaging(**kwargs):
     return EMACallback(**{"decay": Constant(0.9), **kwargs})
 
 
-def trainer_of(*callbacks, processes=2, folders=True, epochs=2, **kwargs):
+def trainer_of(*callbacks, processes=2, folders=True, epochs=2, seconds=60, **kwargs):
     seed_everything(SEED, verbose=False)
-    settings = {"strategy": strategy(processes, folders), "num_sanity_val_steps": 0, **kwargs}
+    settings = {"strategy": strategy(processes, folders, seconds=seconds), "num_sanity_val_steps": 0, **kwargs}
     return trainer(*callbacks, devices=processes, max_epochs=epochs, **settings)
 
 
@@ -144,7 +144,7 @@ def write(folder, name, seen):
 
 
 def forked(processes, function, *arguments):
-    """Calls a function in processes that Lightning takes for torchrun's; gives how they ended.
+    """Calls a function in processes that Lightning takes for torchrun's; gives how they ended, None if they did not.
 
     They are forks, which need not import torch again: nothing may have been calculated before.
     """

@@ -235,4 +235,5 @@ if __name__ == "__main__":
         (root / name).mkdir(exist_ok=True)
         seen |= {f"{key}[{name}]": text for key, text in ended(wanted, root / name, name == "folder").items()}
     write(root, torch.distributed.get_rank(), seen)
+    torch.distributed.barrier()  # the first process ends the others when it ends
     torch.distributed.destroy_process_group()

@@ -29,8 +29,9 @@ def test_the_run_ends(cut, how):
 
 
 @pytest.mark.parametrize("how", ["raise", "kill", "raise after a step"])
-def test_after_an_exception_a_save_is_refused_at_once(folder, cut, how):
-    assert (folder / how / "refused").exists()
+def test_after_an_exception_nobody_is_waited_for_and_a_save_is_refused(folder, cut, how):
+    assert (folder / how / "refused-1").exists()
+    assert not (folder / how / "waited").exists()
 
 
 @pytest.mark.parametrize("name", CHECKS)

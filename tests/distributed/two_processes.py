@@ -9,16 +9,22 @@ from pathlib import Path
 
 def run(script, *arguments):
     """Runs a script of this folder, or at another path, which starts its further processes; gives how it ended."""
+    return python(str(Path(__file__).parent / script), *map(str, arguments))
+
+
+def python(*arguments, cwd=None):
+    """Runs Python in a process of its own; gives how it ended."""
     # a launcher that the tests themselves may run under is none of the script's
     launchers = ("LOCAL_RANK", "RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     return subprocess.run(
-        [sys.executable, "-W", "ignore", str(Path(__file__).parent / script), *map(str, arguments)],
+        [sys.executable, "-W", "ignore", *arguments],
         env={**environment, "OMP_NUM_THREADS": "1"},
+        cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
 

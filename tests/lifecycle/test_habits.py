@@ -450,9 +450,9 @@ def test_a_schedule_of_the_users_own_that_leaves_its_range(decay):
         WeightAverage(nn.Linear(1, 1), Wrong()).step()
 
 
-@pytest.mark.parametrize("arguments", [{"dtype": torch.float64}, {"device": "cpu"}])
-def test_a_target_keeps_its_own_dtype_and_device(arguments):
-    with pytest.raises(ValueError, match="leave out dtype and device"):
+@pytest.mark.parametrize("arguments", [{"dtype": torch.float64}, {"device": "cpu"}, {"shard": True}])
+def test_a_target_keeps_its_own_dtype_and_device_and_is_whole(arguments):
+    with pytest.raises(ValueError, match="leave out dtype, device and shard"):
         WeightAverage(nn.Linear(1, 1), into=nn.Linear(1, 1), **arguments)
     net = nn.Linear(1, 1)
     with pytest.raises(ValueError, match="into takes another module"):
