@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from lightning_ema.kernels import lerp_, lerp_cast_, lerp_several_
+from lightning_ema.kernels import CastLerp, lerp_, lerp_several_
 from lightning_ema.loan import Pair
 from lightning_ema.offload import Offload, Update
 from lightning_ema.selection import Candidate, Survey, check_patterns, joins, owns_storage
@@ -67,6 +67,7 @@ class Pairing:
     def pairs(self) -> Iterable[Pair]:
         """All pairs, in the order of the module, once an update under way is finished."""
         self._offload.finish()
+        self._casts.clear()  # after a fit its views would keep the memory that the module is moved away from
         return self._pairs.values()
 
     @property
@@ -101,14 +102,16 @@ class Pairing:
             if group.offloaded:
                 continue
             if not group.alike:
-                lerp_cast_(group.averages, lives[group.stretch], rates)
+                first = group.stretch.start
+                if first not in self._casts:
+                    self._casts[first] = CastLerp(group.averages, lives[group.stretch])
+                self._casts[first](rates)
             elif len(rates) == 1:
                 lerp_(group.averages[0], lives[group.stretch], rates[0])
             else:
                 lerp_several_(group.averages, lives[group.stretch], rates)
-        offloaded = [Update(g.averages, lives[g.stretch], rates) for g in self._groups if g.offloaded]
-        if offloaded:
-            self._offload.submit(offloaded)
+        if self._offloads:
+            self._offload.submit([Update(g.averages, lives[g.stretch], rates) for g in self._groups if g.offloaded])
 
     def lives(self) -> list[Tensor]:
         """The live tensors as they are now, in the order that :meth:`absorb` takes."""
@@ -128,7 +131,8 @@ class Pairing:
             trust_structure_once: spares the next call the walk over the submodules.
         """
         trusted, self._trusted = self._trusted, trust_structure_once
-        self.settle()
+        if self._reshards:  # asked at every step
+            self.settle()
         if not trusted and (not self._survey.holds() or self._someone_joins()):
             self._refresh()
             return
@@ -210,6 +214,8 @@ class Pairing:
         self._offload.finish()
         self._survey = Survey(self._module)
         self.settle()
+        of_both = (self._survey, self._into)
+        self._reshards = any(survey is not None and survey.resharding for survey in of_both)
         before, taken = self._pairs, {}
         for candidate in self._survey.candidates:
             if candidate.name in before or self._takes(candidate):
@@ -344,8 +350,10 @@ class Pairing:
             stretch, offloaded = slice(start, start + len(alike)), kind[3].type == "cpu" != kind[1].type
             self._groups.append(_Group(averages, stretch, kind[:2] == kind[2:], offloaded))
             start += len(alike)
+        self._offloads = any(group.offloaded for group in self._groups)
 
     def _expect(self) -> None:
+        self._casts: dict[int, CastLerp] = {}  # of groups whose dtypes differ, by where their stretch begins
         self._lives = [pair.part(pair.live) for pair in self._absorbed]
         self._expected = [(*pair.candidate.slots[0], pair.live, pair.live.data_ptr()) for pair in self._ordered]
         sharded = [(pair.live, local(pair.live)) for pair in self._ordered if is_sharded(pair.live)]

@@ -62,11 +62,12 @@ class Survey:
     Attributes:
         candidates: what could be averaged.
         tensors: every parameter and every buffer of the ``state_dict``, integers too, by all of their names.
+        resharding: the submodules that show unsharded parameters now and then.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.owner = type(module).__name__
-        self._resharding = resharding(module)
+        self.resharding = resharding(module)
         self.settle()
         self.tensors: dict[str, Tensor] = {}
         places: dict[object, list[_Place]] = {}
@@ -91,7 +92,7 @@ class Survey:
 
     def settle(self) -> None:
         """Makes the module show the parameters that were found, where a forward pass left unsharded ones in place."""
-        reshard(self._resharding)
+        reshard(self.resharding)
 
     def holds(self) -> bool:
         """Whether the module still has the same submodules and as many tensors. About 0.2 us a submodule."""

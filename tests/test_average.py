@@ -455,3 +455,18 @@ class TestState:
         target = WeightAverage(net)
         target.load_state_dict(source.state_dict())
         assert value(target, "b") == 2
+
+
+def test_half_precision_tensors_that_are_replaced_at_each_step():
+    """The cast update keeps views of the tensors: it must notice other ones."""
+    net = nn.Linear(2, 1, bias=False).bfloat16()
+    net.register_buffer("count", torch.zeros(3, dtype=torch.bfloat16))
+    average = WeightAverage(net, Constant(0.5))
+    expected = {"weight": net.weight.detach().float(), "count": torch.zeros(3)}
+    for step in range(1, 5):
+        net.count = torch.full((3,), float(step), dtype=torch.bfloat16)
+        net.weight.data = torch.full((1, 2), 2.0 * step, dtype=torch.bfloat16)
+        average.step()
+        live = {"weight": torch.full((1, 2), 2.0 * step), "count": torch.full((3,), float(step))}
+        expected = {name: (value + live[name]) / 2 for name, value in expected.items()}
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in average.named_tensors())

@@ -19,8 +19,11 @@ SCRIPT = re.compile(r"# \w+\.py\n")  # one of several processes: distributed/tes
 
 
 def blocks(page, language):
-    texts = [text for found, text in FENCE.findall(page.read_text()) if found == language]
-    return [text for text in texts if not SCRIPT.match(text)]
+    return [text for text in all_blocks(page, language) if not SCRIPT.match(text)]
+
+
+def all_blocks(page, language):
+    return [text for found, text in FENCE.findall(page.read_text()) if found == language]
 
 
 def what_a_reader_has():

@@ -187,7 +187,7 @@ def test_scores_that_are_none(body, complaint, run, scoring, capsys):
 def test_the_command_of_the_documentation(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    blocks, namespace = test_docs.blocks(PAGE, "python"), test_docs.what_a_reader_has()
+    blocks, namespace = test_docs.all_blocks(PAGE, "python"), test_docs.what_a_reader_has()
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), namespace)
     (module,) = [block for block in blocks if block.startswith("# score.py")]

@@ -367,7 +367,7 @@ def test_pytorch_lightning_under_its_other_name():
         on_validation_start = Twice.on_validation_start
 
         def on_validation_epoch_end(self, trainer, pl_module):
-            check(trainer)
+            check(trainer, "evaluate='both'")
             log_again(pl_module, evaluate_again(trainer, pl_module, self.begun, nullcontext()), "_live")
 
     this = pytorch_lightning.Trainer(accelerator="cpu", logger=False, callbacks=[TwiceOfOther()])
