@@ -11,7 +11,7 @@ from models import gpt2, resnet18, resnet50, size
 from torch import nn
 
 from lightning_ema import Constant, WeightAverage
-from lightning_ema.kernels import relative_distance, sampled_distance
+from lightning_ema.kernels import ratio, relative_distance, sampled_norms
 
 
 def pairs(module: nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -47,7 +47,7 @@ def errors() -> Table:
         "distance_error", f"sampled distance of a resnet18 after 12 steps: {size(module)}", ["relative error"]
     )
     for part in (32, 64, 128, 256):
-        table.rows[f"1/{part} of the elements"] = [sampled_distance(averages, lives, 1 / part) / exact - 1]
+        table.rows[f"1/{part} of the elements"] = [ratio(sampled_norms(averages, lives, 1 / part)) / exact - 1]
     table.show()
     return table
 
@@ -62,7 +62,7 @@ def main(rounds: int) -> list[Table]:
         candidates = {
             "exact": lambda a=averages, b=lives: lambda: relative_distance(a, b),
             "exact, bfloat16 weights": lambda a=averages, b=half: lambda: relative_distance(a, b),
-            "sampled": lambda a=averages, b=lives: lambda: sampled_distance(a, b),
+            "sampled": lambda a=averages, b=lives: lambda: ratio(sampled_norms(a, b, 1 / 128)),
             "whole tensors": lambda a=averages, b=lives: lambda: whole_tensors(a, b),
         }
         title = f"distance, {name}: {size(module)}"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_ema.checks import check_flag
 from lightning_ema.course import Course
 from lightning_ema.history import History
-from lightning_ema.kernels import corrected, ratio, squared_norms
+from lightning_ema.kernels import corrected, ratio, sampled_norms, squared_norms
 from lightning_ema.loan import Loan, Pair, missing
 from lightning_ema.profiles import Ages, Timeline, ages
 from lightning_ema.report import Facts, report
@@ -336,9 +336,11 @@ class WeightAverage:
 
     def _to_lend(self) -> Iterator[tuple[Pair, Tensor]]:
         self._course.pairing.refresh_if_stale()
+        corrects = self.schedule.corrects
         for pair in self._course.pairing.pairs():
             if pair.averages:
-                yield pair, self._read(pair, pair.live.detach())
+                as_kept = not corrects and pair.share is None
+                yield pair, pair.averages[self._place] if as_kept else self._read(pair, pair.live.detach())
 
     def _read(self, pair: Pair, live: Tensor) -> Tensor:
         return self._whole(pair, self._part(pair, live))
@@ -352,7 +354,9 @@ class WeightAverage:
             return corrected(average, pair.beside(live), pair.origin, self.bias)
 
     def _whole(self, pair: Pair, part: Tensor) -> Tensor:
-        if pair.share is not None and self._course.alone:
+        if pair.share is None:
+            return part
+        if self._course.alone:
             raise RuntimeError(
                 "the average is shared among processes, so that all of them would have to give their part, but an "
                 "exception ended the run in one. Resume from the last checkpoint."
@@ -444,11 +448,20 @@ class WeightAverage:
                     return True
         return False
 
-    def distance(self) -> float:
+    def distance(self, share: float = 1.0) -> float:
         """``||live - average|| / ||live||`` over all averaged tensors; NaN where they are not finite.
 
         Waits for an accelerator. Where weights are sharded, all processes must call it: each one sums over its shards.
+
+        Args:
+            share: of the elements of large tensors, in (0, 1]. Less than 1 looks at some of them, the same at each
+                call, which is cheaper: ``1 / 128`` was off by 0.5% on a small network.
+
+        Raises:
+            ValueError: ``share`` is out of range.
         """
+        if not 0 < share <= 1:
+            raise ValueError(f"share is {share!r}; it is the part of the elements to look at, in (0, 1].")
         parts: dict[Groups, tuple[list[Tensor], list[Tensor]]] = {}
         lives, lent = dict(self.named_live()), self._lent_now()
         squares = torch.zeros(2, dtype=torch.float64)
@@ -463,7 +476,8 @@ class WeightAverage:
                 of_live.append(pair.part(live))
                 device = pair.live.device
             for groups, lists in parts.items():
-                squares += sum_across(squared_norms(*lists), groups, device)
+                norms = squared_norms(*lists) if share == 1 else sampled_norms(*lists, share)
+                squares += sum_across(norms, groups, device)
         return ratio(squares) if squares.isfinite().all() else math.nan
 
     def report(self) -> str:

@@ -180,8 +180,8 @@ def _squared_norms(averages: Sequence[Tensor], lives: Sequence[Tensor]) -> Tenso
     return torch.stack(sums).cpu().double().sum(0)
 
 
-def sampled_distance(averages: Sequence[Tensor], lives: Sequence[Tensor], share: float = 1 / 128) -> float:
-    """About ``||live - average|| / ||live||``, from a ``share`` in (0, 1] of the elements: the same ones at each call.
+def sampled_norms(averages: Sequence[Tensor], lives: Sequence[Tensor], share: float) -> Tensor:
+    """About what :func:`squared_norms` gives, from a ``share`` in (0, 1] of the elements: the same ones at each call.
 
     Tensors of at most ``WHOLE`` elements, and those that are not contiguous, are read whole; of the others runs of
     about ``RUN`` elements at even distances, each of which stands for ``1 / share`` times as many.
@@ -197,7 +197,7 @@ def sampled_distance(averages: Sequence[Tensor], lives: Sequence[Tensor], share:
     for pairs, weight in ((whole, 1.0), (runs, 1 / share)):
         if pairs:
             squares += weight * squared_norms(*zip(*pairs, strict=True))
-    return ratio(squares)
+    return squares
 
 
 def _runs(tensor: Tensor, share: float) -> Tensor:

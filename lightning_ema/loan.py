@@ -38,12 +38,9 @@ class Pair:
     crossed: bool = False
 
     def __post_init__(self) -> None:
+        self.name = self.candidate.name
         self.shape = self.live.shape
         """That of the live tensor when it was paired."""
-
-    @property
-    def name(self) -> str:
-        return self.candidate.name
 
     @property
     def live(self) -> Tensor:
@@ -93,7 +90,7 @@ class Pair:
 How = Literal["storage", "exchange", "contents"]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Lent:
     pair: Pair
     average: Tensor
@@ -183,9 +180,8 @@ class Loan:
             self._settle()
             with torch.inference_mode(False), torch.no_grad():
                 while self._lent:  # one by one, so that one interrupted by Ctrl-C can be taken up again
-                    name, lent = next(reversed(self._lent.items()))  # last lent first: storages may overlap
-                    _return(lent)
-                    del self._lent[name]
+                    _return(next(reversed(self._lent.values())))  # last lent first: storages may overlap
+                    self._lent.popitem()
             self.active = False
 
     def written(self) -> list[str]:
@@ -280,7 +276,10 @@ def _return(lent: _Lent) -> None:
 
 
 def _replaced(candidate: Candidate) -> bool:
-    return any(table.get(leaf) is not candidate.tensor for table, leaf in candidate.slots)
+    for table, leaf in candidate.slots:  # noqa: SIM110 - a plain loop, asked for every tensor of a loan
+        if table.get(leaf) is not candidate.tensor:
+            return True
+    return False
 
 
 def _copy_like(average: Tensor, tensor: Tensor) -> Tensor:
