@@ -19,9 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
 
 from lightning_ema.shards import empty_like, gathered, is_sharded, one_of_each_process
 from lightning_ema.state import tensor_sets
@@ -82,7 +79,7 @@ def read(entry: dict[str, Any], folder: Path, model: dict[str, Tensor]) -> Slot:
         }
         for kind, dtypes in note["dtypes"].items()
     }
-    load({note["slot"]: slot}, checkpoint_id=folder)
+    _load({note["slot"]: slot}, folder)
     return slot
 
 
@@ -94,8 +91,15 @@ def check(entry: dict[str, Any], folder: Path) -> None:
     """
     note = entry["sharded"]
     stamp = torch.zeros(note["processes"], dtype=torch.int64)
-    load({note["slot"]: {"save_id": stamp}}, checkpoint_id=folder)
+    _load({note["slot"]: {"save_id": stamp}}, folder)
     _check_stamp(stamp, note, str(folder))
+
+
+def _load(tensors: dict[str, Any], folder: str | Path) -> None:
+    """Fills the tensors from a folder. What torch does that with takes long to import, and most runs never need it."""
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    load(tensors, checkpoint_id=folder)
 
 
 def _check_stamp(stamp: Tensor, note: dict[str, Any], where: str) -> None:
@@ -134,6 +138,9 @@ def whole(folder: Path, trust: bool = False) -> dict[str, Any]:
     Raises:
         ValueError: the folder is no complete checkpoint.
     """
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
     missing = [name for name in (_SHARDS, _REST) if not (folder / name).is_file()]
     if missing:
         raise ValueError(
@@ -154,7 +161,7 @@ def whole(folder: Path, trust: bool = False) -> dict[str, Any]:
             place[rest[-1]] = torch.empty(stored.size, dtype=stored.properties.dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*single process")  # which is meant here
-        load(tensors, checkpoint_id=folder)
+        _load(tensors, folder)
     return {**content, **tensors}
 
 

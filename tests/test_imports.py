@@ -103,6 +103,16 @@ def test_imports_point_down(path):
             assert package in ALLOWED_OUTSIDE.get(path.stem, {"torch"}), f"{path.stem} imports {package}"
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.stem)
+def test_what_takes_long_to_import_waits_until_it_is_needed(path):
+    for node in ast.parse(path.read_text()).body:  # torch.distributed.checkpoint brings servers and process pools
+        named = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        named += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        assert not [
+            name for name in named if name.startswith(("torch.distributed.checkpoint", "matplotlib", "tabulate"))
+        ]
+
+
 def test_all_public_names_are_there_and_documented():
     for name in lightning_ema.__all__:
         assert getattr(lightning_ema, name).__doc__, name
