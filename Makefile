@@ -24,8 +24,10 @@ demo: setup  ## train on 3,000 noisy digits and compare live and averaged weight
 reproduce: setup  ## train all semi-supervised methods with few labels and print their errors (70 runs)
 	@$(BIN)/python benchmarks/reproduce.py
 
+# two at a time; a file's tests stay together, since what they share takes long to make
+PYTEST := python -m pytest -q -n 2 --dist loadfile
 test: setup  ## run the tests
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/$(PYTEST)
 
 lint: setup  ## ruff (lint and format) and mypy (strict)
 	@$(BIN)/ruff check .
@@ -46,7 +48,7 @@ $(VENV)/docs: $(VENV)/ready
 
 OLDEST := .venv-oldest
 test-oldest: $(OLDEST)/ready  ## run the tests against the oldest supported Lightning
-	@$(OLDEST)/bin/python -m pytest -q tests
+	@$(OLDEST)/bin/$(PYTEST) tests
 
 $(OLDEST)/ready: pyproject.toml constraints.txt constraints-oldest.txt
 	@$(PYTHON) -m venv $(OLDEST)
