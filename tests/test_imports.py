@@ -1,6 +1,7 @@
 """Imports point one way: from the Trainer down to pure mathematics."""
 
 import ast
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,12 @@ def test_what_takes_long_to_import_waits_until_it_is_needed(path):
 def test_all_public_names_are_there_and_documented():
     for name in lightning_ema.__all__:
         assert getattr(lightning_ema, name).__doc__, name
+
+
+def test_the_page_on_design_has_a_place_for_every_file():
+    page = (ROOT.parent / "docs" / "explanation" / "design.md").read_text()
+    names = page.split("## Layers")[1].split("A file imports")[0].split()
+    left_out = [
+        path.stem for path in sorted(ROOT.glob("*.py")) if not any(fnmatchcase(path.stem, name) for name in names)
+    ]
+    assert left_out == ["__init__"]
