@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from sharded import (
     Sharded,
@@ -222,6 +223,31 @@ def recalibrated_statistics_leave_the_training_alone(root):
     fit(Normed(), entire, epochs=3)
     fit(Normed(), again, epochs=3, ckpt_path=root / "normed.ckpt")
     same(entire.average.named_tensors(), again.average.named_tensors())
+
+
+@check
+def statistics_are_lent_and_saved_as_the_mean_of_all_processes(root):
+    for folders in (True, False):
+        module, callback = Normed(), averaging()
+        this = fit(module, callback, folders=folders)
+        this.save_checkpoint(root / f"statistics-{folders}")
+        own = dict(stored_statistics(callback.average))
+        mean = {name: tensor.clone() for name, tensor in own.items()}
+        for tensor in mean.values():
+            dist.all_reduce(tensor)
+            tensor /= 2
+        assert not any(torch.equal(own[name], mean[name]) for name in mean)
+        same({name: module.state_dict()[name] for name in mean}, mean)
+        if this.is_global_zero and not folders:
+            file = torch.load(root / "statistics-False")
+            same({name: file["state_dict"][name] for name in mean}, mean)
+
+
+def stored_statistics(average):
+    """What this process keeps, whatever the module carries."""
+    for pair in average._course.pairing.pairs():
+        if pair.candidate.is_buffer:
+            yield pair.name, pair.averages[0]
 
 
 @check
