@@ -543,14 +543,14 @@ class EMACallback(Callback):
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes what further passes are to find again; a file that is evaluated has none."""
         self._forgive()
+        self._scored = []
         mine = self.average is not None and self.average.module is pl_module and not self._held().holds_file
-        asked = self._further_passes() or self.select is not None
+        asked = self._further_passes() or (self.select is not None and trainer_facts.is_fitting(trainer))
         due = mine and not trainer.sanity_checking and asked
         self._begun = second_pass.begin(trainer, pl_module) if due else None
 
     def _choose(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluates every average and hands the best one to the custody; the results are logged when logging is due."""
-        self._scored = []
         custody, begun, metric = self._custody, self._begun, self.select
         if custody is None or begun is None or metric is None or not trainer_facts.is_fitting(trainer):
             return

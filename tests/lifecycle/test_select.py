@@ -9,6 +9,7 @@ import torch
 from helpers import EMACallback, Regression, clones, equal, fit, loader, seeded, trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_ema import Constant, export_average
 from lightning_ema.choice import best_of
@@ -135,6 +136,27 @@ def test_evaluations_after_the_fit_are_of_the_chosen_one():
     assert after["val_loss"] == pytest.approx(min(judge.scores[-1]), rel=1e-5)
     twin = copy.deepcopy(module)
     assert equal(twin.state_dict(), module.state_dict())
+
+
+class Once(IterableDataset):
+    """Data that can be gone through once."""
+
+    def __init__(self):
+        self.left = list(loader(2))
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if not self.left:
+            raise StopIteration
+        return self.left.pop()
+
+
+def test_a_test_after_the_fit_is_one_pass_and_logs_nothing_of_the_last_validation():
+    this, module, _ = judged(selecting())
+    (tested,) = this.test(module, DataLoader(Once(), batch_size=None), verbose=False)
+    assert tested.keys() == {"test_loss"}
 
 
 @pytest.mark.parametrize(
