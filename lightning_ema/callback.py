@@ -412,7 +412,7 @@ class EMACallback(Callback):
                 return  # it is built where every other average is, in on_fit_start
         custody = self._new_custody(trainer, pl_module)
         if entry is not None:
-            custody.resume(entry)
+            custody.resume(entry, chooses=self.select is not None)
             if entry["config"].get("switch_every") != self._config()["switch_every"]:
                 custody.switched = None  # it counts epochs, or other steps
             if changed := checkpoints.changes(entry, self._config()):

@@ -109,6 +109,17 @@ def test_a_resumed_run_chooses_what_the_whole_one_does(tmp_path, evaluate_every)
         assert equal(one.named_tensors(), other.named_tensors())
 
 
+def test_without_select_a_resumed_run_goes_on_with_the_first_average(tmp_path):
+    this, _, judge = judged(selecting(select="score"), epochs=1)  # the smallest score is the worst
+    assert judge.seen == [1]
+    this.save_checkpoint(tmp_path / "file.ckpt")
+    resumed, module = EMACallback([Constant(0.2), Constant(0.8)]), seeded(Scored, lr=0.1)
+    _, _, rest = judged(resumed, epochs=2, module=module, ckpt_path=tmp_path / "file.ckpt")
+    assert resumed.selected is resumed.average
+    assert rest.logged[-1]["val_loss"] == pytest.approx(rest.scores[-1][0], rel=1e-5)
+    assert equal(resumed.average.named_tensors(), {n: module.state_dict()[n] for n, _ in resumed.average.named_live()})
+
+
 def test_training_is_what_it_is_without():
     def live(callback):
         module = seeded(Scored, dropout=0.5)
