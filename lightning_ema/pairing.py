@@ -128,9 +128,10 @@ class Pairing:
         """Pairs again if a tensor was unfrozen, added, replaced, moved or cast since the last time.
 
         Args:
-            trust_structure_once: spares the next call the walk over the submodules.
+            trust_structure_once: spares the next call the walk over the submodules, unless that says the same: then
+                no step has followed on this call, and the module may have changed before the next one.
         """
-        trusted, self._trusted = self._trusted, trust_structure_once
+        trusted, self._trusted = self._trusted and not trust_structure_once, trust_structure_once
         if self._reshards:  # asked at every step
             self.settle()
         if not trusted and (not self._survey.holds() or self._someone_joins()):
