@@ -564,9 +564,10 @@ class EMACallback(Callback):
             carried = custody.instead(place, self._batches(trainer))
             results = second_pass.evaluate_again(trainer, pl_module, begun, carried)
             self._scored.append((f"/{self._label(average)}", results))
-            scores.append(score_of(metric, {result.name: float(result.value) for result in results}))
-        # values that are not reduced over processes differ among them
-        custody.chosen = trainer_facts.agreed(trainer, best_of(scores, self.mode, custody.chosen))
+            logged = {result.name: float(result.value) for result in results}
+            # the first process's: values that are not reduced differ among them, and may be logged there alone
+            scores.append(score_of(metric, trainer_facts.agreed(trainer, logged)))
+        custody.chosen = best_of(scores, self.mode, custody.chosen)
         labels = [label(average.settings.decay) for average in self.averages]
         self._say(chosen(metric, dict(zip(labels, scores, strict=True)), labels[custody.chosen]))
 
