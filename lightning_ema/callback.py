@@ -412,7 +412,7 @@ class EMACallback(Callback):
                 return  # it is built where every other average is, in on_fit_start
         custody = self._new_custody(trainer, pl_module)
         if entry is not None:
-            custody.resume(entry)
+            custody.resume(entry, chooses=self.select is not None)
             if entry["config"].get("switch_every") != self._config()["switch_every"]:
                 custody.switched = None  # it counts epochs, or other steps
             if changed := checkpoints.changes(entry, self._config()):
@@ -543,14 +543,14 @@ class EMACallback(Callback):
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes what further passes are to find again; a file that is evaluated has none."""
         self._forgive()
+        self._scored = []
         mine = self.average is not None and self.average.module is pl_module and not self._held().holds_file
-        asked = self._further_passes() or self.select is not None
+        asked = self._further_passes() or (self.select is not None and trainer_facts.is_fitting(trainer))
         due = mine and not trainer.sanity_checking and asked
         self._begun = second_pass.begin(trainer, pl_module) if due else None
 
     def _choose(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluates every average and hands the best one to the custody; the results are logged when logging is due."""
-        self._scored = []
         custody, begun, metric = self._custody, self._begun, self.select
         if custody is None or begun is None or metric is None or not trainer_facts.is_fitting(trainer):
             return
@@ -564,9 +564,10 @@ class EMACallback(Callback):
             carried = custody.instead(place, self._batches(trainer))
             results = second_pass.evaluate_again(trainer, pl_module, begun, carried)
             self._scored.append((f"/{self._label(average)}", results))
-            scores.append(score_of(metric, {result.name: float(result.value) for result in results}))
-        # values that are not reduced over processes differ among them
-        custody.chosen = trainer_facts.agreed(trainer, best_of(scores, self.mode, custody.chosen))
+            logged = {result.name: float(result.value) for result in results}
+            # the first process's: values that are not reduced differ among them, and may be logged there alone
+            scores.append(score_of(metric, trainer_facts.agreed(trainer, logged)))
+        custody.chosen = best_of(scores, self.mode, custody.chosen)
         labels = [label(average.settings.decay) for average in self.averages]
         self._say(chosen(metric, dict(zip(labels, scores, strict=True)), labels[custody.chosen]))
 

@@ -225,12 +225,17 @@ class Custody:
             entry["recalibrated"] = [{"at": s.made_at, "statistics": s.estimated} for s in self._statistics[1:]]
         return entry
 
-    def resume(self, entry: dict[str, Any]) -> None:
-        """Takes up an entry, after the file's ``state_dict`` was loaded into the module."""
+    def resume(self, entry: dict[str, Any], chooses: bool = False) -> None:
+        """Takes up an entry, after the file's ``state_dict`` was loaded into the module.
+
+        Args:
+            entry: made by :meth:`entry`.
+            chooses: whether one of several averages is chosen in this run; otherwise it is the first again.
+        """
         state, live = unpack(entry, Survey(self.average.module).tensors)
         self.average.load_state_dict(state)
         self.steps_before, self.switched = entry.get("steps_before", 0), entry.get("switched")
-        self.chosen, self.choices = entry.get("chosen", 0), entry.get("choices", 0)
+        self.chosen, self.choices = (entry.get("chosen", 0), entry.get("choices", 0)) if chooses else (0, 0)
         if self._statistics and "recalibrated_at" in entry:
             self._statistics[0].keep(entry["recalibrated_at"])
             for statistics, kept in zip(self._statistics[1:], entry.get("recalibrated", ()), strict=False):

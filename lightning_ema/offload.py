@@ -37,7 +37,7 @@ class Offload:
 
     The live weights pass through two pinned buffers of ``CHUNK`` elements in turn: while one portion is copied, the one
     before it is absorbed. They must not change meanwhile, so that every optimizer of torch waits before its step;
-    forward and backward pass do not.
+    forward and backward pass do not, so that what a forward pass writes to (buffers) must be given as copies.
 
     Attributes:
         waits: how often an update or an optimizer had to wait for the one before.

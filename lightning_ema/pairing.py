@@ -111,7 +111,15 @@ class Pairing:
             else:
                 lerp_several_(group.averages, lives[group.stretch], rates)
         if self._offloads:
-            self._offload.submit([Update(g.averages, lives[g.stretch], rates) for g in self._groups if g.offloaded])
+            groups = [group for group in self._groups if group.offloaded]
+            self._offload.submit([Update(g.averages, self._as_now(lives, g.stretch), rates) for g in groups])
+
+    def _as_now(self, lives: list[Tensor], stretch: slice) -> list[Tensor]:
+        """Live tensors that only an optimizer changes: copies of those that a forward pass writes to."""
+        return [
+            live.detach().clone() if pair.candidate.is_buffer or pair.candidate.rewritten else live
+            for pair, live in zip(self._absorbed[stretch], lives[stretch], strict=True)
+        ]
 
     def lives(self) -> list[Tensor]:
         """The live tensors as they are now, in the order that :meth:`absorb` takes."""
@@ -128,9 +136,10 @@ class Pairing:
         """Pairs again if a tensor was unfrozen, added, replaced, moved or cast since the last time.
 
         Args:
-            trust_structure_once: spares the next call the walk over the submodules.
+            trust_structure_once: spares the next call the walk over the submodules, unless that says the same: then
+                no step has followed on this call, and the module may have changed before the next one.
         """
-        trusted, self._trusted = self._trusted, trust_structure_once
+        trusted, self._trusted = self._trusted and not trust_structure_once, trust_structure_once
         if self._reshards:  # asked at every step
             self.settle()
         if not trusted and (not self._survey.holds() or self._someone_joins()):

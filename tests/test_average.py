@@ -263,6 +263,23 @@ class TestAModuleThatChanges:
             average.step()
         assert torch.equal(dict(average.named_tensors())["0.weight"], net[0].weight)
 
+    def test_what_changes_between_two_looks_without_a_step_joins_with_its_value_before_the_step(self):
+        net = nn.Sequential(nn.Linear(2, 1), nn.Linear(2, 1))
+        net[0].requires_grad_(False)
+        average = WeightAverage(net, Constant(0.5))
+        average.refresh()  # a batch whose gradients are accumulated: no step follows
+        net[0].requires_grad_(True)
+        net.append(nn.Linear(2, 1))
+        average.refresh()
+        before = {name: value.detach().clone() for name, value in net.named_parameters()}
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.add_(1)
+        average.step()
+        averages = dict(average.named_tensors())
+        assert averages.keys() == before.keys()
+        assert all(torch.allclose(averages[name], start + 0.5) for name, start in before.items())
+
     def test_an_added_layer_joins_and_a_removed_one_leaves(self):
         net = nn.Sequential(nn.Linear(1, 1, bias=False))
         average = WeightAverage(net)

@@ -131,6 +131,23 @@ def test_whatever_reads_the_average_waits_for_it(offloaded, monkeypatch):
         value += 1
 
 
+def test_what_the_next_forward_pass_writes_to_is_averaged_as_it_was_at_the_step(offloaded, monkeypatch):
+    network = torch.nn.Sequential(torch.nn.Embedding(1, 2, max_norm=1.0), torch.nn.BatchNorm1d(2, momentum=1.0))
+    average = WeightAverage(network, Constant(0.0))
+    with torch.no_grad():
+        network[0].weight.fill_(3.0)
+    network[1].running_mean.fill_(5.0)
+    gate = Gate(monkeypatch)
+    average.step()
+    network(torch.zeros(4, dtype=torch.long))
+    assert network[0].weight.norm() < 1.01
+    assert network[1].running_mean.max() < 1
+    gate.open.set()
+    averages = dict(average.named_tensors())
+    assert averages["0.weight"].tolist() == [[3.0, 3.0]]
+    assert averages["1.running_mean"].tolist() == [5.0, 5.0]
+
+
 def lent(average, network):
     with average.lent():
         return network.weight.detach().clone()

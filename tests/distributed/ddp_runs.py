@@ -510,6 +510,31 @@ def check_two_callbacks(rank, processes, folder):
         assert equal(parameters_of(one.average), parameters_of(other.average))
 
 
+class Scored(Net):
+    """Each process has an opinion of its own, and one value is logged in the first process alone."""
+
+    def validation_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        self.log("own", loss if self.global_rank == 0 else -loss)
+        if self.global_rank == 0:
+            self.log("first", loss, rank_zero_only=True)
+
+
+def check_a_choice_is_that_of_the_first_process(rank, processes, folder):
+    def chosen(select, mode):
+        callback = averaging([Constant(0.2), Constant(0.95)], select=select, mode=mode)
+        module = Scored(norm=False)
+        fit(module, callback, num_sanity_val_steps=0)
+        assert equal(module.state_dict(), callback.selected.named_tensors())
+        return callback.averages.index(callback.selected)
+
+    for metric in ("own", "first"):
+        smallest, largest = of_all(chosen(metric, "min")), of_all(chosen(metric, "max"))
+        assert (smallest, largest) == ([0, 0], [1, 1])  # the slow average still is near the random weights
+    with pytest.raises(ValueError, match=r"select='none': the module logs no such metric .* It logs first, own"):
+        chosen("none", "min")
+
+
 def check_nonfinite_statistics_in_one_process(rank, processes, folder):
     class Breaks(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):

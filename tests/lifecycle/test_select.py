@@ -9,6 +9,7 @@ import torch
 from helpers import EMACallback, Regression, clones, equal, fit, loader, seeded, trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_ema import Constant, export_average
 from lightning_ema.choice import best_of
@@ -108,6 +109,17 @@ def test_a_resumed_run_chooses_what_the_whole_one_does(tmp_path, evaluate_every)
         assert equal(one.named_tensors(), other.named_tensors())
 
 
+def test_without_select_a_resumed_run_goes_on_with_the_first_average(tmp_path):
+    this, _, judge = judged(selecting(select="score"), epochs=1)  # the smallest score is the worst
+    assert judge.seen == [1]
+    this.save_checkpoint(tmp_path / "file.ckpt")
+    resumed, module = EMACallback([Constant(0.2), Constant(0.8)]), seeded(Scored, lr=0.1)
+    _, _, rest = judged(resumed, epochs=2, module=module, ckpt_path=tmp_path / "file.ckpt")
+    assert resumed.selected is resumed.average
+    assert rest.logged[-1]["val_loss"] == pytest.approx(rest.scores[-1][0], rel=1e-5)
+    assert equal(resumed.average.named_tensors(), {n: module.state_dict()[n] for n, _ in resumed.average.named_live()})
+
+
 def test_training_is_what_it_is_without():
     def live(callback):
         module = seeded(Scored, dropout=0.5)
@@ -135,6 +147,27 @@ def test_evaluations_after_the_fit_are_of_the_chosen_one():
     assert after["val_loss"] == pytest.approx(min(judge.scores[-1]), rel=1e-5)
     twin = copy.deepcopy(module)
     assert equal(twin.state_dict(), module.state_dict())
+
+
+class Once(IterableDataset):
+    """Data that can be gone through once."""
+
+    def __init__(self):
+        self.left = list(loader(2))
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if not self.left:
+            raise StopIteration
+        return self.left.pop()
+
+
+def test_a_test_after_the_fit_is_one_pass_and_logs_nothing_of_the_last_validation():
+    this, module, _ = judged(selecting())
+    (tested,) = this.test(module, DataLoader(Once(), batch_size=None), verbose=False)
+    assert tested.keys() == {"test_loss"}
 
 
 @pytest.mark.parametrize(
