@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-oldest test-peers lint docs docs-serve reproduce bench bench-distributed gallery clean
+.PHONY: help setup demo test test-oldest test-peers lint docs docs-serve reproduce evidence bench bench-distributed gallery clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -23,6 +23,9 @@ demo: setup  ## train on 3,000 noisy digits and compare live and averaged weight
 
 reproduce: setup  ## train all semi-supervised methods with few labels and print their errors (70 runs)
 	@$(BIN)/python benchmarks/reproduce.py
+
+evidence: setup  ## measure what averaging buys, six questions on digits (about 2 minutes)
+	@$(BIN)/python benchmarks/evidence.py
 
 # two at a time; a file's tests stay together, since what they share takes long to make
 PYTEST := python -m pytest -q -n 2 --dist loadfile
