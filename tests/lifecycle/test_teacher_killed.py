@@ -3,11 +3,13 @@
 import os
 import signal
 
+import lightning
 import pytest
 import torch
 from helpers import equal
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from packaging.version import Version
 from test_teacher_resume import Calm, CalmManual, run
 
 pytestmark = [
@@ -87,6 +89,8 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_it_ends_where_the_uninterrupted_run_does(setting, moment, whole, tmp_path):
+    if setting == "accumulation" and Version(lightning.__version__) < Version("2.5"):
+        pytest.skip("Lightning 2.4 itself, without any callback, does not resume exactly inside an accumulation")
     hook, *lives = MOMENTS[moment]
     for batches in lives:
         if setting == "accumulation" and newest(tmp_path):
