@@ -5,6 +5,7 @@ are random. No checkpoint is selected: all scores are those after the last step,
 """
 
 import argparse
+import csv
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import evidence_questions as questions
 import torch
 from evidence_training import digits
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from tabulate import tabulate
 
 STEPS = 2048
@@ -50,7 +52,7 @@ QUESTIONS = {
         questions.sixteen_bits,
         (("live", "average in float32"), ("average in bfloat16", "average in float32")),
     ),
-    "batchnorm": Question("BatchNorm statistics", ERROR, questions.batchnorm, (("copy", "average"),)),
+    "batchnorm": Question("BatchNorm statistics", ERROR, questions.batchnorm, (("copy", "average"),), logarithmic=True),
     "batch": Question(
         "A batch four times as large",
         ERROR,
@@ -90,6 +92,15 @@ def table(question, answers):
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
+def write_seeds(answers, path):
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["question", "row", "column", "seed", "value"])
+        for name, found in answers.items():
+            for seed, rows in enumerate(found):
+                writer.writerows([name, row, column, seed, rows[row][column]] for row in rows for column in rows[row])
+
+
 def draw(axes, question, answers):
     """A dot for each seed, a bar for the mean; a colour for each column."""
     rows = list(answers[0])[::-1]
@@ -106,7 +117,9 @@ def draw(axes, question, answers):
     axes.grid(alpha=0.3, axis="x")
     if question.logarithmic:
         axes.set_xscale("log")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False, fontsize="small")
+        axes.xaxis.set_major_formatter(LogFormatter())
+        axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=5, frameon=False, fontsize="small")
 
 
 def plot(answers, path):
@@ -129,7 +142,8 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"))
     args = parser.parse_args()
     if args.seeds < 1 or args.steps < 32 or args.steps % 32:
-        parser.error(f"--seeds {args.seeds} --steps {args.steps}: from one seed on, and a multiple of 32 steps")
+        given = f"--seeds {args.seeds} --steps {args.steps}"
+        parser.error(f"{given}: at least one seed, and steps in a positive multiple of 32 are needed")
     torch.set_num_threads(1)  # so small a network gains nothing from a second
     digits()  # read before any time is taken
     args.out.mkdir(parents=True, exist_ok=True)
@@ -142,6 +156,7 @@ def main():
         texts.append(f"{head}\n\n{table(question, answers[name])}\n")
         print(texts[-1], flush=True)
     (args.out / "tables.md").write_text("\n".join(texts))
+    write_seeds(answers, args.out / "seeds.csv")
     plot(answers, args.out / "evidence.png")
     print(f"The plot is in {args.out / 'evidence.png'}.")
 

@@ -51,7 +51,7 @@ def falling_rate(seed, steps):
 def sixteen_bits(seed, steps):
     """Test error in % by schedule, of weights in bfloat16: live, averaged in float32, averaged in bfloat16.
 
-    The package refuses the last, which is therefore kept by hand: ``average = lerp(average, live, 1 - decay)`` in
+    The package refuses the last as ``dtype``; it is kept by hand: ``average = lerp(average, live, 1 - decay)`` in
     bfloat16.
     """
     schedules = {f"decay {decay}": Warmup(decay) for decay in DECAYS} | {"Constant(0.998)": Constant(0.998)}
