@@ -19,6 +19,7 @@ from lightning_ema.advice import (
     introduction,
     no_step_seen,
     not_returned,
+    nothing_chosen,
     other_settings,
     save_needs_all,
     shared_among_others,
@@ -314,6 +315,8 @@ class EMACallback(Callback):
             self._say(steps_missed(missed))
         if waits := self._require().waits:
             self._say(waited(waits))
+        if self.select is not None and self._require().num_updates > 0 and self._held().choices == 0:
+            self._warn(nothing_chosen(self.select))
         if self._require().num_steps > 0 and not trainer_facts.is_trial(trainer):
             for average in self.averages:
                 self._say(average.report())

@@ -120,6 +120,14 @@ def test_without_select_a_resumed_run_goes_on_with_the_first_average(tmp_path):
     assert equal(resumed.average.named_tensors(), {n: module.state_dict()[n] for n, _ in resumed.average.named_live()})
 
 
+@pytest.mark.parametrize("kwargs", [{"limit_val_batches": 0}, {"max_steps": 5}])
+def test_a_run_in_which_nothing_could_be_chosen_says_so(kwargs):
+    callback = selecting()
+    with pytest.warns(UserWarning, match="select='val_loss' chose nothing: no validation was run after the first upd"):
+        fit(seeded(), callback, **kwargs)
+    assert callback.selected is callback.average
+
+
 def test_training_is_what_it_is_without():
     def live(callback):
         module = seeded(Scored, dropout=0.5)
