@@ -107,6 +107,14 @@ def waited(times: int) -> str:
     )
 
 
+def nothing_chosen(metric: str) -> str:
+    """A warning where one of several averages was to be chosen by a metric, and no validation ran that could."""
+    return (
+        f"select={metric!r} chose nothing: no validation was run after the first update, so that the first average is "
+        "what was saved and delivered. Give fit validation data, or validate more often (val_check_interval)."
+    )
+
+
 def chosen(metric: str, scores: Mapping[str, float], winner: str) -> str:
     """Said when one of several averages has been chosen by a metric."""
     rest = ", ".join(f"{name} {score:.6g}" for name, score in scores.items() if name != winner)

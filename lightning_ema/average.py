@@ -209,7 +209,8 @@ class WeightAverage:
         """Looks for tensors that were unfrozen, added, replaced or moved since the last update.
 
         Every update does this by itself; called before a step, it lets parameters join with the values that they have
-        before that step. The next update then trusts that no submodule was exchanged in between.
+        before that step. The next update then trusts that no submodule was exchanged in between. Before a step that no
+        update follows (``every_n_steps``) it looks for unfrozen parameters alone: layers that were added join later.
         """
         if not self.delivered:
             self._course.refresh()

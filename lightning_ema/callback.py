@@ -19,6 +19,7 @@ from lightning_ema.advice import (
     introduction,
     no_step_seen,
     not_returned,
+    nothing_chosen,
     other_settings,
     save_needs_all,
     shared_among_others,
@@ -179,6 +180,7 @@ class EMACallback(Callback):
         self._skips_said = False
         self._begun: second_pass.Begun | None = None
         self._scored: list[tuple[str, list[Result]]] = []
+        self._could_choose = False
         self._overwritten = False
 
     def _check_select(self, select: str, evaluate: Evaluate, others: Others, buffers: Buffers) -> None:
@@ -314,6 +316,8 @@ class EMACallback(Callback):
             self._say(steps_missed(missed))
         if waits := self._require().waits:
             self._say(waited(waits))
+        if self.select is not None and self._require().num_updates > 0 and self._held().choices == 0:
+            self._warn(nothing_chosen(self.select))
         if self._require().num_steps > 0 and not trainer_facts.is_trial(trainer):
             for average in self.averages:
                 self._say(average.report())
@@ -335,6 +339,9 @@ class EMACallback(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._recall()
+        if self._could_choose:
+            self._held().choices += 1  # not before: a run resumed inside a validation begins it anew
+            self._could_choose = False
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin(trainer, pl_module)
@@ -543,7 +550,7 @@ class EMACallback(Callback):
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes what further passes are to find again; a file that is evaluated has none."""
         self._forgive()
-        self._scored = []
+        self._scored, self._could_choose = [], False
         mine = self.average is not None and self.average.module is pl_module and not self._held().holds_file
         asked = self._further_passes() or (self.select is not None and trainer_facts.is_fitting(trainer))
         due = mine and not trainer.sanity_checking and asked
@@ -556,8 +563,8 @@ class EMACallback(Callback):
             return
         if not custody.gives_average:
             return
-        custody.choices += 1
-        if (custody.choices - 1) % self.evaluate_every:
+        self._could_choose = True
+        if custody.choices % self.evaluate_every:
             return
         scores = []
         for place, average in enumerate(self.averages):

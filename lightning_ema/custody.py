@@ -35,7 +35,7 @@ class Custody:
         steps_before: steps that the average had seen when the present trainer began; the run's length comes on top.
         switched: how often the live weights were due to be set to the average in the present trainer; None at first.
         chosen: the place of the average that evaluations and files are given.
-        choices: how many validations there were in which one could be chosen.
+        choices: how many validations have ended in which one could be chosen.
     """
 
     def __init__(self, average: WeightAverage, evaluates: bool, recalibrates: bool) -> None:

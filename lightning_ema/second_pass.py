@@ -81,8 +81,9 @@ def begin(trainer: Trainer, pl_module: LightningModule) -> Begun:
     for source in map(_used_up, loaders):
         if source is not None:
             raise ValueError(
-                f"evaluate='both' passes over the data twice, and {type(source).__name__} is an iterator: its __iter__ "
-                "gives itself. Give it an __iter__ that begins anew, or use evaluate='average'."
+                f"evaluate='both', others='evaluate' and select pass over the data several times, and "
+                f"{type(source).__name__} is an iterator: its __iter__ gives itself. Give it an __iter__ that begins "
+                "anew, or leave these arguments out."
             )
     owners = [part for loader in loaders for part in parts(loader)]
     lightnings_own = vars(LightningModule()).keys() - vars(nn.Module()).keys()
@@ -129,8 +130,8 @@ def evaluate_again(
             loop.run()
             if first.batch_progress.current.ready > loop.batch_progress.current.ready == 0:
                 raise RuntimeError(
-                    "evaluate='both': the loaders gave no batch in the second pass over the data. They must give the "
-                    "same batches each time they are iterated; or use evaluate='average'."
+                    "the loaders gave no batch in a further pass over the data. They must give the same batches each "
+                    "time they are iterated; or leave out evaluate='both', others='evaluate' and select."
                 )
             return results_of(loop, trainer)
     finally:

@@ -129,7 +129,7 @@ def put_back(entry: dict[str, Any], slot: Slot) -> None:
 
 
 def whole(folder: Path, trust: bool = False) -> dict[str, Any]:
-    """The content of a folder as that of a file, in one process; without the states of optimizers.
+    """The content of a folder as that of a file, in this process alone; without the states of optimizers.
 
     Args:
         folder: the folder.
@@ -140,6 +140,7 @@ def whole(folder: Path, trust: bool = False) -> dict[str, Any]:
     """
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load_state_dict
 
     missing = [name for name in (_SHARDS, _REST) if not (folder / name).is_file()]
     if missing:
@@ -161,7 +162,9 @@ def whole(folder: Path, trust: bool = False) -> dict[str, Any]:
             place[rest[-1]] = torch.empty(stored.size, dtype=stored.properties.dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*single process")  # which is meant here
-        _load(tensors, folder)
+        # deprecated, but in early versions the one public way that waits for no other process of a run
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        load_state_dict(tensors, FileSystemReader(folder), no_dist=True)  # type: ignore[no-untyped-call,unused-ignore]
     return {**content, **tensors}
 
 

@@ -405,12 +405,12 @@ class OnceHidden(IterableDataset):
 
 @pytest.mark.parametrize("loaders", [lambda: DataLoader(Once(), 8), lambda: [iter(list(Batches()))]])
 def test_data_that_can_be_passed_over_once_are_refused(loaders):
-    with pytest.raises(ValueError, match=r"passes over the data twice, and (Once|list_iterator) is an iterator"):
+    with pytest.raises(ValueError, match=r"over the data several times, and (Once|list_iterator) is an iterator"):
         evaluate(Regression, loaders, Twice())
 
 
 def test_data_that_turn_out_to_be_used_up():
-    with pytest.raises(RuntimeError, match="gave no batch in the second pass"):
+    with pytest.raises(RuntimeError, match="gave no batch in a further pass"):
         evaluate(Regression, lambda: DataLoader(OnceHidden(), 8), Twice())
 
 

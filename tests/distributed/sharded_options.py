@@ -31,7 +31,7 @@ from sharded_run import Look, rank_zero
 from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from lightning_ema import Bema, Constant, MeanTeacherConfig, MeanTeacherMixin, Power, Snapshots
+from lightning_ema import Bema, Constant, MeanTeacherConfig, MeanTeacherMixin, Power, Snapshots, export_average
 from lightning_ema.shards import DTensor, local
 
 CHECKS = {}
@@ -347,6 +347,18 @@ class Taught(MeanTeacherMixin, LightningModule):
 
 class OnlyTheStudent(Taught):
     both = False
+
+
+@check
+def one_process_of_a_run_reads_a_folder_alone(root):
+    callback = averaging()
+    this = fit(Sharded(), callback, epochs=1)
+    this.save_checkpoint(root / "alone")
+    expected = whole_of(callback.average.named_tensors())
+    if this.is_global_zero:
+        exported = torch.load(export_average(root / "alone", root / "alone.pt"))
+        assert all(torch.equal(exported[name], tensor) for name, tensor in expected.items())
+    torch.distributed.barrier()
 
 
 @check

@@ -120,6 +120,36 @@ def test_without_select_a_resumed_run_goes_on_with_the_first_average(tmp_path):
     assert equal(resumed.average.named_tensors(), {n: module.state_dict()[n] for n, _ in resumed.average.named_live()})
 
 
+class Saving(Scored):
+    """Saves a file in the middle of the second validation."""
+
+    path = None
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        if self.path and self.global_step == 12:
+            self.trainer.save_checkpoint(self.path)
+
+
+def test_a_run_resumed_inside_a_validation_chooses_in_the_same_ones(tmp_path):
+    whole, module = selecting(evaluate_every=2), seeded(Saving, lr=0.1)
+    module.path = tmp_path / "inside.ckpt"
+    fit(module, whole, max_epochs=4)
+    again, resumed = selecting(evaluate_every=2), seeded(Saving, lr=0.1)
+    _, _, rest = judged(again, module=resumed, ckpt_path=module.path)
+    name = f"val_loss/ema_{NAMES[0]}"
+    assert [name in logged for logged in rest.logged] == [False, True, True]  # the third of four, kept in the fourth
+    assert equal(module.state_dict(), resumed.state_dict())
+
+
+@pytest.mark.parametrize("kwargs", [{"limit_val_batches": 0}, {"max_steps": 5}])
+def test_a_run_in_which_nothing_could_be_chosen_says_so(kwargs):
+    callback = selecting()
+    with pytest.warns(UserWarning, match="select='val_loss' chose nothing: no validation was run after the first upd"):
+        fit(seeded(), callback, **kwargs)
+    assert callback.selected is callback.average
+
+
 def test_training_is_what_it_is_without():
     def live(callback):
         module = seeded(Scored, dropout=0.5)
