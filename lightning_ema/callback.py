@@ -149,7 +149,7 @@ class EMACallback(Callback):
         if select is None and (mode != "min" or evaluate_every != 1):
             raise ValueError("mode and evaluate_every belong to select: write select='val_loss', or leave them out.")
         if select is not None:
-            self._check_select(select, evaluate, others, buffers)
+            self._check_select(select, evaluate, others, buffers, switch_every)
         if switch_every is not None and switch_every != "epoch":
             check_count(switch_every, "switch_every", at_least=1)
         if snapshots is not None and not isinstance(snapshots, Snapshots):
@@ -183,7 +183,14 @@ class EMACallback(Callback):
         self._could_choose = False
         self._overwritten = False
 
-    def _check_select(self, select: str, evaluate: Evaluate, others: Others, buffers: Buffers) -> None:
+    def _check_select(
+        self,
+        select: str,
+        evaluate: Evaluate,
+        others: Others,
+        buffers: Buffers,
+        switch_every: int | Literal["epoch"] | None,
+    ) -> None:
         if not isinstance(select, str) or not select:
             raise ValueError(f"select is {select!r}; it must be the name of a metric, such as 'val_loss'.")
         if len(self.settings.decays) == 1:
@@ -195,6 +202,8 @@ class EMACallback(Callback):
                 raise ValueError(f"select={select!r} beside {argument}={refused!r}: leave {argument} out.")
         if buffers == "recalibrate":
             raise ValueError(f"select={select!r} beside buffers='recalibrate': write buffers='average'.")
+        if switch_every is not None:  # by which of the averages?
+            raise ValueError(f"select={select!r} beside switch_every={switch_every!r}: leave one of them out.")
 
     @property
     def state_key(self) -> str:

@@ -207,6 +207,7 @@ def test_a_test_after_the_fit_is_one_pass_and_logs_nothing_of_the_last_validatio
         ({"evaluate": "live"}, "select='val_loss' beside evaluate='live': leave evaluate out"),
         ({"others": "evaluate"}, "select='val_loss' beside others='evaluate': leave others out"),
         ({"buffers": "recalibrate"}, "beside buffers='recalibrate': write buffers='average'"),
+        ({"switch_every": "epoch"}, "select='val_loss' beside switch_every='epoch': leave one of them out"),
         ({"select": ""}, "select is ''; it must be the name of a metric"),
         ({"select": None, "mode": "max"}, "mode and evaluate_every belong to select"),
         ({"mode": "least"}, "mode"),
