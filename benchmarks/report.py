@@ -82,13 +82,18 @@ def distances(train, test):
                         own_error, own_loss = scores(net, test)
                     found[decay].append((each.distance(), error, error - own_error, 100 * (loss - own_loss) / loss))
             for decay, rows in found.items():
-                distance, error, gain, gain_loss = (statistics.mean(column) for column in zip(*rows, strict=True))
-                spread, spread_loss = (statistics.stdev(row[k] for row in rows) for k in (2, 3))
+                (distance, error, gain, gain_loss), (spread, spread_loss) = over_seeds(rows)
                 print(
                     f"{share_of_noise:>5}{falls_to:>9}{decay:>7}{distance:>10.4f}{error:>7.2f}{gain:>7.2f}"
                     f"{spread:>6.2f}{gain_loss:>8.2f}{spread_loss:>6.2f}",
                     flush=True,
                 )
+
+
+def over_seeds(rows):
+    """The means of four columns, and the spreads of the last two."""
+    columns = list(zip(*rows, strict=True))
+    return [statistics.mean(column) for column in columns], [statistics.stdev(column) for column in columns[2:]]
 
 
 def starts(train, test):
@@ -108,8 +113,7 @@ def starts(train, test):
                     warm, warm_loss = scores(net, test)
                 found[share].append((bare, warm, bare - warm, 100 * (bare_loss - warm_loss) / warm_loss))
         for (share, rows), decay in zip(found.items(), decays, strict=True):
-            bare, warm, cost, cost_loss = (statistics.mean(column) for column in zip(*rows, strict=True))
-            spread, spread_loss = (statistics.stdev(row[k] for row in rows) for k in (2, 3))
+            (bare, warm, cost, cost_loss), (spread, spread_loss) = over_seeds(rows)
             print(
                 f"{share_of_noise:>5}{share:>7}{decay:>9.5f}{bare:>7.2f}{warm:>10.2f}{cost:>7.2f}{spread:>6.2f}"
                 f"{cost_loss:>10.2f}{spread_loss:>6.2f}",

@@ -215,6 +215,10 @@ class WeightAverage:
         if not self.delivered:
             self._course.refresh()
 
+    def release(self) -> None:
+        """Says that no update follows soon, as after a fit: then only the module keeps the live tensors' memory."""
+        self._course.pairing.release()
+
     # --- the loan ---------------------------------------------------------------------------------------------------
 
     def lend(self, copy: bool = False) -> Loan:

@@ -453,11 +453,12 @@ class EMACallback(Callback):
         else:
             if "callbacks" not in checkpoint:  # a weights-only save: no hook of a callback is called for it
                 self._put_average(trainer, custody, checkpoint)
+            missing: list[str] = []
             with custody.carried(self._batches(trainer)):
                 own(checkpoint)
-                missing = custody.average.not_held_by(checkpoint.get("state_dict", {}))
-                if entry is not None and custody.average.processes > 1:
-                    missing = [name for name in missing if name not in entry["average"]]  # gathered for it already
+                if entry is not None:
+                    not_held = custody.average.not_held_by(checkpoint.get("state_dict", {}))
+                    missing = [name for name in not_held if name not in entry["average"]]
                 if "state_dict" in checkpoint:
                     checkpoint["state_dict"] = custody.lasting(checkpoint["state_dict"])
             if entry is not None:  # not from inside the loan, in which averages may lie in the module's own storage

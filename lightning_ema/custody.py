@@ -153,6 +153,7 @@ class Custody:
 
     def leave(self, deliver: bool) -> None:
         """A fit ends: the module is left with its live weights or, where there is one, with the average."""
+        self.average.release()
         if deliver and self.lends:
             self._deliver()
         self._footprint = Footprint(self.average.module)

@@ -67,7 +67,6 @@ class Pairing:
     def pairs(self) -> Iterable[Pair]:
         """All pairs, in the order of the module, once an update under way is finished."""
         self._offload.finish()
-        self._casts.clear()  # after a fit its views would keep the memory that the module is moved away from
         return self._pairs.values()
 
     @property
@@ -79,6 +78,10 @@ class Pairing:
     def groups(self) -> Groups:
         """The processes among which some of the averages are cut. Not kept: they cannot be copied or pickled."""
         return tuple(dict.fromkeys(group for pair in self.pairs() for group in pair.groups))
+
+    def release(self) -> None:
+        """Gives up views of the live tensors, which would keep the memory that a module is moved away from."""
+        self._casts.clear()
 
     def start(self) -> None:
         """Sets every average to the live tensor."""

@@ -86,7 +86,7 @@ class Survey:
                     if _floats(tensor):  # quantized weights are stored as integers, and stay out like integer buffers
                         rewritten = getattr(owner, "max_norm", None) is not None
                         place = _Place(f"{path}{leaf}", table, leaf, tensor, is_buffer, rewritten)
-                        places.setdefault(_memory(tensor), []).append(place)
+                        places.setdefault(memory_of(tensor), []).append(place)
         self._size = sum(map(len, self._tables))
         self.candidates = [_candidate(alike) for alike in places.values()]
 
@@ -126,7 +126,7 @@ def _candidate(places: list[_Place]) -> Candidate:
     )
 
 
-def _memory(tensor: Tensor) -> object:
+def memory_of(tensor: Tensor) -> object:
     """Equal for tensors that show the same memory in the same way."""
     pointer = 0 if is_lazy(tensor) else local(tensor).data_ptr()
     if pointer == 0:  # not there yet, empty, or on the meta device

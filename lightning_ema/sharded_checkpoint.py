@@ -62,20 +62,15 @@ def read(entry: dict[str, Any], folder: Path, model: dict[str, Tensor]) -> Slot:
     """Reads the slot that an entry notes, cut as the module's tensors are now.
 
     Raises:
-        ValueError: the folder holds shards of several saves, or tensors that the module does not have.
+        ValueError: the folder holds shards of several saves.
     """
     note = entry["sharded"]
     check(entry, folder)
-    unknown = [name for names in note["dtypes"].values() for name in names if name not in model]
-    if unknown:
-        raise ValueError(
-            "the checkpoint does not fit the module:\n  "
-            + "\n  ".join(f"{name}: not in the module" for name in dict.fromkeys(unknown))
-            + "\nBuild the module as it was when the checkpoint was written."
-        )
     slot: Slot = {
         kind: {
-            name: empty_like(model[name], getattr(torch, dtype), model[name].device) for name, dtype in dtypes.items()
+            name: empty_like(model[name], getattr(torch, dtype), model[name].device)
+            for name, dtype in dtypes.items()
+            if name in model  # the entry names all averages, and is refused where the module lacks one
         }
         for kind, dtypes in note["dtypes"].items()
     }

@@ -72,7 +72,7 @@ def shares(tensors: Sequence[Tensor]) -> Iterator[Share]:
 
 def processes() -> int:
     """How many processes there are to share among."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if _in_group() else 1
 
 
 def everyone() -> Groups:
@@ -83,7 +83,11 @@ def everyone() -> Groups:
 
 def is_first() -> bool:
     """Whether this process is the one that writes files."""
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+    return not _in_group() or dist.get_rank() == 0
+
+
+def _in_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def can_be_shared(tensor: Tensor) -> bool:

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from lightning_ema.average import WeightAverage
 from lightning_ema.history import History, Stretch
-from lightning_ema.selection import Survey, without_wrappers
-from lightning_ema.shards import gathered, local
+from lightning_ema.selection import Survey, memory_of, without_wrappers
+from lightning_ema.shards import gathered
 
 FORMAT = 1
 """The format that is written, and the only one that is read so far."""
@@ -174,11 +174,10 @@ def _entries(module: nn.Module, averages: Set[str], tensors: Mapping[str, Tensor
     survey = Survey(module)
     averaged = [candidate for candidate in survey.candidates if candidate.name in averages]
     by_name = {name: candidate.name for candidate in averaged for name in candidate.names}
-    by_memory = {_memory(candidate.tensor): candidate.name for candidate in averaged if local(candidate.tensor).numel()}
+    by_memory = {memory_of(candidate.tensor): candidate.name for candidate in averaged}
     entries = []
     for key, tensor in tensors.items():
-        of_memory = by_memory.get(_memory(tensor)) if local(tensor).numel() else None
-        name = of_memory or by_name.get(without_wrappers(key), "")
+        name = by_memory.get(memory_of(tensor)) or by_name.get(without_wrappers(key), "")
         entries.append(Entry(key, name, tensor.dtype))
     floats = [entry.key for entry in entries if not entry.name and entry.dtype.is_floating_point]
     unknown = [key for key in floats if without_wrappers(key) not in survey.tensors]
@@ -190,10 +189,6 @@ def _entries(module: nn.Module, averages: Set[str], tensors: Mapping[str, Tensor
             "keep either the name or the tensor as it is."
         )
     return entries
-
-
-def _memory(tensor: Tensor) -> tuple[object, ...]:
-    return local(tensor).data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _alone(tensor: Tensor, keep: bool) -> Tensor:

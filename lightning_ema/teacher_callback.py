@@ -20,7 +20,6 @@ from lightning_ema.checkpoint import changes
 from lightning_ema.recalibration import statistics_of
 from lightning_ema.schedules import Plan
 from lightning_ema.selection import Survey
-from lightning_ema.shards import same_cut
 from lightning_ema.steps import StepCounter
 from lightning_ema.teacher_config import MeanTeacherConfig
 from lightning_ema.teacher_networks import Watched, check_alike, check_width, copy_buffers, copy_frozen, networks
@@ -74,7 +73,6 @@ class TeacherCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _check_optimizers(trainer, pl_module)
         student, teacher = networks(pl_module)
-        _check_shards(student, teacher)
         config: MeanTeacherConfig = pl_module.mean_teacher  # type: ignore[assignment]
         if config.buffers == "ignore" and config.teacher_mode == "eval" and statistics_of(teacher):
             rank_zero_warn(
@@ -261,17 +259,6 @@ def _check_trained(pl_module: LightningModule, average: WeightAverage) -> None:
             "nor the teacher would move. Replace them before fit, or copy the values: "
             "self.student.load_state_dict(...) without assign=True."
         )
-
-
-def _check_shards(student: nn.Module, teacher: nn.Module) -> None:
-    of_teacher = Survey(teacher).tensors
-    for name, tensor in Survey(student).tensors.items():
-        if name in of_teacher and not same_cut(tensor, of_teacher[name]):
-            raise ValueError(
-                f"student.{name} and teacher.{name} are not sharded alike. In configure_model apply the same "
-                "fully_shard and parallelize_module calls to self.student and to self.teacher, after the student was "
-                "assigned."
-            )
 
 
 def _check_recalibration(trainer: Trainer, teacher: nn.Module) -> None:

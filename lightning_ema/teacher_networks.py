@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_ema.average import WeightAverage
 from lightning_ema.selection import Survey, Table, without_wrappers
+from lightning_ema.shards import same_cut
 
 _SHOWN = 6
 
@@ -76,6 +77,7 @@ def check_alike(student: nn.Module, teacher: nn.Module, buffers: bool) -> None:
     Raises:
         ValueError: naming the tensors that differ and what to write.
     """
+    _check_shards(student, teacher)
     problems, remedies = _parameters_apart(student, teacher), []
     if problems:
         remedies.append(
@@ -123,6 +125,17 @@ def copy_buffers(student: nn.Module, teacher: nn.Module, average: WeightAverage)
             check_alike(student, teacher, buffers=True)
         elif name not in held:
             target.copy_(buffer)
+
+
+def _check_shards(student: nn.Module, teacher: nn.Module) -> None:
+    of_teacher = Survey(teacher).tensors
+    for name, tensor in Survey(student).tensors.items():
+        if name in of_teacher and not same_cut(tensor, of_teacher[name]):
+            raise ValueError(
+                f"student.{name} and teacher.{name} are not sharded alike. In configure_model apply the same "
+                "fully_shard and parallelize_module calls to self.student and to self.teacher, after the student was "
+                "assigned."
+            )
 
 
 def _parameters_apart(student: nn.Module, teacher: nn.Module) -> list[str]:

@@ -536,8 +536,7 @@ def under_tensor_parallel_a_nan_in_one_process_is_agreed_on():
 def replicated_and_sharded():
     over = mesh((2, 2), ("replicate", "shard"))
     module = Even()
-    for part in (module.net[0], module.net[3], module):
-        fully_shard(part, mesh=over)
+    sharded(module, over)
     average = like_one_process(module, own)
     assert dict(average.named_tensors())["net.0.weight"].to_local().shape == (4, 4)
 
@@ -546,8 +545,7 @@ def replicated_and_sharded():
 def sharded_and_tensor_parallel():
     over = mesh((2, 2), ("data", "tensor"))
     module = parallel(over["tensor"])
-    for part in (module.net[0], module.net[3], module):
-        fully_shard(part, mesh=over["data"])
+    sharded(module, over["data"])
     data = over["data"].get_local_rank()
     average = like_one_process(module, lambda batch: own(batch, data, 2))
     assert dict(average.named_tensors())["net.0.weight"].to_local().shape == (2, 4)
@@ -557,8 +555,7 @@ def sharded_and_tensor_parallel():
 def a_nan_in_one_of_four_is_agreed_on_by_all():
     over = mesh((2, 2), ("data", "tensor"))
     module = parallel(over["tensor"])
-    for part in (module.net[0], module.net[3], module):
-        fully_shard(part, mesh=over["data"])
+    sharded(module, over["data"])
     for place in range(4):
         average = WeightAverage(module, Constant(0.5), on_nonfinite="skip")
         weight = local(dict(average.named_live())["net.3.weight"])

@@ -1,13 +1,11 @@
 """What else a run under FSDP2 or tensor parallelism may be asked for, in two processes on a CPU, with gloo."""
 
-import json
-
 import pytest
 import torch
 from one_process import alone, averages_alone
 from sharded import data, same
 from sharded_options import CHECKS, RUNS, Parallel, Taught
-from two_processes import run
+from two_processes import ended
 
 from lightning_ema import synthesize
 
@@ -20,9 +18,7 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def seen(root):
     """How each check ended, in each of two processes."""
-    ran = run("sharded_options.py", root)
-    assert all((root / f"{rank}.json").exists() for rank in range(2)), ran.stderr
-    return [json.loads((root / f"{rank}.json").read_text()) for rank in range(2)]
+    return ended("sharded_options.py", root)
 
 
 @pytest.mark.parametrize("name", CHECKS)

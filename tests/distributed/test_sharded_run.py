@@ -11,7 +11,7 @@ from one_process import averages_alone
 from sharded import Sharded, same
 from sharded_options import Parallel
 from sharded_run import CHECKS
-from two_processes import run
+from two_processes import ended, run
 
 from lightning_ema import export_average
 from lightning_ema.__main__ import main
@@ -27,9 +27,7 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def seen(root):
     """How each check ended, in each of two processes."""
-    ran = run("sharded_run.py", root)
-    assert all((root / f"{rank}.json").exists() for rank in range(2)), ran.stderr
-    return [json.loads((root / f"{rank}.json").read_text()) for rank in range(2)]
+    return ended("sharded_run.py", root)
 
 
 @pytest.mark.parametrize("format_", FORMATS)

@@ -29,6 +29,14 @@ def python(*arguments, cwd=None):
     )
 
 
+def ended(script, folder):
+    """How each check of a script ended, in each of two processes; the script itself may have been ended by one."""
+    ran = run(script, folder)
+    files = [folder / f"{rank}.json" for rank in range(2)]
+    assert all(file.exists() for file in files), ran.stderr
+    return [json.loads(file.read_text()) for file in files]
+
+
 def results(script, folder, *arguments, processes=2):
     """Runs a script that writes what each process saw to ``<folder>/<rank>.json``; gives it."""
     ran = run(script, folder, *arguments)
