@@ -9,6 +9,7 @@ import platform
 
 import callback
 import distance
+import gpu
 import loan
 import memory
 import torch
@@ -43,7 +44,7 @@ def draw(tables: list[Table]) -> None:
 def main() -> None:
     rounds = arguments(__doc__)
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, one thread")
-    tables = [table for script in (update, loan, memory, distance, callback) for table in script.main(rounds)]
+    tables = [table for script in (update, loan, memory, distance, callback, gpu) for table in script.main(rounds)]
     draw(tables)
 
 

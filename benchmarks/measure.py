@@ -45,9 +45,9 @@ class Table:
         body = [[name, *(f"{v:.3g}" if isinstance(v, float) else v for v in row)] for name, row in self.rows.items()]
         print(f"\n{self.title}\n")
         headers = ["", *self.columns]
-        print(
-            tabulate(body, headers, "github", disable_numparse=True, colalign=("left", *("right",) * len(self.columns)))
-        )
+        if body:
+            columns = ("left", *("right",) * len(self.columns))
+            print(tabulate(body, headers, "github", disable_numparse=True, colalign=columns))
         RESULTS.mkdir(parents=True, exist_ok=True)
         (RESULTS / f"{self.name}.json").write_text(json.dumps(asdict(self), indent=1))
 

@@ -68,34 +68,6 @@ def several(module: nn.Module, count: int) -> Make:
     return make
 
 
-def on_cuda() -> Table:
-    """Device time, as a share of what a copy from device to device of the same bytes takes."""
-    table = Table("update_cuda", "update on a CUDA device, gpt2", ["ms", "x the time of a copy of these bytes"])
-    if not torch.cuda.is_available():
-        table.title += ": no CUDA device here, not measured"
-    for dtype, bytes_an_element in ((torch.float32, 12), (torch.bfloat16, 10)) if torch.cuda.is_available() else ():
-        module = gpt2().to("cuda", dtype)
-        average = WeightAverage(module, Constant(0.999))
-        elements = sum(p.numel() for p in module.parameters())
-        source = torch.empty(elements * bytes_an_element // 2, dtype=torch.uint8, device="cuda")  # read and written
-        target = torch.empty_like(source)
-        copying, updating = device_ms(lambda t=target, s=source: t.copy_(s)), device_ms(average.step)
-        table.rows[str(dtype)] = [updating, updating / copying]
-    table.show()
-    return table
-
-
-def device_ms(work: Work, repeats: int = 50) -> float:
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    work()
-    begin.record()
-    for _ in range(repeats):
-        work()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / repeats
-
-
 def main(rounds: int) -> list[Table]:
     tables = []
     ms, us = ("ms", 1e3), ("us a tensor", 1e6)
@@ -127,7 +99,7 @@ def main(rounds: int) -> list[Table]:
         title = f"update, many tiny tensors: {size(module)}, {dtype} weights, float32 average"
         name = f"update_tiny_{str(dtype).removeprefix('torch.')}"
         tables.append(compare(name, title, per_tensor, bare, updates(tiny, dtype=dtype), rounds))
-    return [*tables, on_cuda()]
+    return tables
 
 
 if __name__ == "__main__":

@@ -68,6 +68,9 @@ class WeightAverage:
         shard: keep in each process of a data-parallel run (DDP) only its share of the parameters' averages: memory and
             time of an update fall with their number. A loan, :meth:`named_tensors` and :meth:`state_dict` gather them
             again, so that all processes must call them. Without several processes it changes nothing.
+        overlap: on CUDA, update the averages of parameters on a stream of its own, beside the next forward and backward
+            pass. Between two steps of the optimizer nothing else may write to parameters then. On other devices it
+            changes nothing.
         on_nonfinite: ``"skip"`` leaves out an update from NaN or infinite weights, ``"raise"`` raises
             FloatingPointError, ``"ignore"`` does not look. Looking reads all weights once more at each update, and
             waits for an accelerator.
@@ -92,6 +95,7 @@ class WeightAverage:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         shard: bool = False,
+        overlap: bool = False,
         on_nonfinite: OnNonfinite = "ignore",
     ) -> None:
         self.settings = Settings.checked(
@@ -105,6 +109,7 @@ class WeightAverage:
             buffers,
             dtype,
             device,
+            overlap,
             on_nonfinite,
         )
         if not isinstance(module, nn.Module):
@@ -604,10 +609,10 @@ class WeightAverage:
 
 
 def _check_target(into: nn.Module, module: nn.Module, settings: Settings, shard: bool) -> None:
-    if into is module or settings.dtype is not None or settings.device is not None or shard:
+    if into is module or settings.dtype is not None or settings.device is not None or settings.overlap or shard:
         raise ValueError(
-            "into takes another module, whose tensors keep their own dtype and device, and are whole: leave out dtype, "
-            "device and shard."
+            "into takes another module, whose tensors keep their own dtype and device, are whole, and may be read at "
+            "once: leave out dtype, device, overlap and shard."
         )
     if len(settings.decays) > 1 or settings.decay.corrects:
         raise ValueError(

@@ -57,10 +57,10 @@ class EMACallback(Callback):
         trainer = Trainer(callbacks=[EMACallback(decay=0.999)])
 
     Args:
-        decay, every_n_steps, start_step, decay_per, include, exclude, include_frozen, dtype, device, on_nonfinite:
-            as in :class:`~lightning_ema.WeightAverage`. A number ``d`` means ``Warmup(d)``; the bare constant is
-            ``Constant(d)``. A step is one step of an optimizer that trains averaged parameters. A list of decays keeps
-            one average for each; the first is evaluated and saved in ``state_dict``.
+        decay, every_n_steps, start_step, decay_per, include, exclude, include_frozen, dtype, device, overlap,
+            on_nonfinite: as in :class:`~lightning_ema.WeightAverage`. A number ``d`` means ``Warmup(d)``; the bare
+            constant is ``Constant(d)``. A step is one step of an optimizer that trains averaged parameters. A list of
+            decays keeps one average for each; the first is evaluated and saved in ``state_dict``.
         buffers: besides ``"average"`` and ``"copy"``, ``"recalibrate"``: BatchNorm statistics are estimated anew from
             training batches before an evaluation or a save of the average, as ``torch.optim.swa_utils.update_bn``
             does; the live ones stay as they are. The module needs a ``forward`` that takes ``batch[0]`` or ``batch``.
@@ -107,6 +107,7 @@ class EMACallback(Callback):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         shard: bool = False,
+        overlap: bool = False,
         start_epoch: int = 0,
         evaluate: Evaluate = "average",
         others: Others = "follow",
@@ -131,6 +132,7 @@ class EMACallback(Callback):
             "copy" if buffers == "recalibrate" else buffers,
             dtype,
             device,
+            overlap,
             on_nonfinite,
         )
         if recalibrate_batches is not None:

@@ -5,7 +5,7 @@ All functions expect to be called under ``torch.no_grad()``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -37,15 +37,9 @@ def lerp_(averages: list[Tensor], lives: list[Tensor], rate: float) -> None:
     torch._foreach_lerp_(averages, lives, rate)
 
 
-def lerp_several_(averages: Sequence[Sequence[Tensor]], lives: Sequence[Tensor], rates: Sequence[float]) -> None:
-    """The same for several averages of one dtype and device, in one pass over the live tensors.
-
-    ``averages[i][k] += rates[i] * (lives[k] - averages[i][k])``, a portion of at most ``STAGED`` elements at a time, so
-    that the live tensors are still in the cache when the next average reads them.
-    """
-    for own, *several in portions([lives, *averages], STAGED):
-        for part, rate in zip(several, rates, strict=True):
-            lerp_(part, own, rate)
+def lerp_alike_(averages: Sequence[Sequence[Tensor]], lives: Sequence[Tensor], rates: Sequence[float]) -> None:
+    """The same for several averages: ``averages[i][k] += rates[i] * (lives[k] - averages[i][k])``."""
+    AlikeLerp(averages, lives)(rates)
 
 
 def lerp_cast_(averages: Sequence[Sequence[Tensor]], lives: Sequence[Tensor], rates: Sequence[float]) -> None:
@@ -56,10 +50,36 @@ def lerp_cast_(averages: Sequence[Sequence[Tensor]], lives: Sequence[Tensor], ra
     CastLerp(averages, lives)(rates)
 
 
+Lerp = Callable[[Sequence[float]], None]
+"""An update of lists that it knows: ``averages[i][k] += rates[i] * (lives[k] - averages[i][k])`` for given ``rates``.
+
+It may hold views of the tensors: one that is given other storage asks for a new update."""
+
+
+class AlikeLerp:
+    """:func:`lerp_alike_` for many updates of the same tensors, which are cut into portions only once.
+
+    Several averages take a portion of at most ``STAGED`` elements at a time, in one pass over the live tensors, which
+    are still in the cache when the next average reads them.
+
+    Args:
+        averages: lists of tensors, all of one dtype on one device.
+        lives: tensors of the same shapes, dtype and device.
+    """
+
+    def __init__(self, averages: Sequence[Sequence[Tensor]], lives: Sequence[Tensor]) -> None:
+        lists = [list(each) for each in (lives, *averages)]
+        self._portions = [lists] if len(averages) == 1 else list(portions(lists, STAGED))
+
+    def __call__(self, rates: Sequence[float]) -> None:
+        """``averages[i][k] += rates[i] * (lives[k] - averages[i][k])``."""
+        for lives, *averages in self._portions:
+            for part, rate in zip(averages, rates, strict=True):
+                lerp_(part, lives, rate)
+
+
 class CastLerp:
     """:func:`lerp_cast_` for many updates of the same tensors, which are cut into portions only once.
-
-    It holds views of the tensors: a live tensor that is given other storage asks for a new one.
 
     Args:
         averages: lists of tensors, all of one dtype on one device.

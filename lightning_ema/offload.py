@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from lightning_ema.kernels import CHUNK, lerp_cast_, lerp_several_
+from lightning_ema.kernels import CHUNK, lerp_alike_, lerp_cast_
 from lightning_ema.portions import portions, shaped
 
 
@@ -120,7 +120,7 @@ def _absorb(copies: list[Tensor], copied: Any, averages: list[list[Tensor]], rat
     if copied is not None:
         copied.synchronize()
     alike = copies[0].dtype == averages[0][0].dtype
-    (lerp_several_ if alike else lerp_cast_)(averages, copies, rates)
+    (lerp_alike_ if alike else lerp_cast_)(averages, copies, rates)
 
 
 def _now(device: torch.device) -> Any:

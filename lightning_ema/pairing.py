@@ -6,28 +6,17 @@ import itertools
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from lightning_ema.kernels import CastLerp, lerp_, lerp_several_
+from lightning_ema.absorption import Absorption
 from lightning_ema.loan import Pair
-from lightning_ema.offload import Offload, Update
 from lightning_ema.selection import Candidate, Survey, check_patterns, joins, owns_storage
 from lightning_ema.settings import Settings
 from lightning_ema.shards import Groups, is_sharded, local, same_cut
 from lightning_ema.shares import Share, can_be_shared, shares
-
-
-@dataclass(frozen=True, eq=False)
-class _Group:
-    """Averages of one kind, a list for each decay, and the stretch of the list of live tensors that belongs to them."""
-
-    averages: list[list[Tensor]]
-    stretch: slice
-    alike: bool
-    offloaded: bool
 
 
 class Pairing:
@@ -50,7 +39,7 @@ class Pairing:
         self._into = None if into is None else Survey(into)
         self._targets = None if self._into is None else {n: c.tensor for c in self._into.candidates for n in c.names}
         self._keeps_origin = any(schedule.corrects for schedule in settings.decays)
-        self._offload = Offload()
+        self._absorption = Absorption(settings.overlap)
         self._pairs: dict[str, Pair] = {}
         self._admitted: set[str] = set()
         self._unbounded: set[str] = set()
@@ -66,13 +55,13 @@ class Pairing:
 
     def pairs(self) -> Iterable[Pair]:
         """All pairs, in the order of the module, once an update under way is finished."""
-        self._offload.finish()
+        self._absorption.finish()
         return self._pairs.values()
 
     @property
     def waits(self) -> int:
         """How often training had to wait for an update in host memory."""
-        return self._offload.waits
+        return self._absorption.waits
 
     @property
     def groups(self) -> Groups:
@@ -81,7 +70,7 @@ class Pairing:
 
     def release(self) -> None:
         """Gives up views of the live tensors, which would keep the memory that a module is moved away from."""
-        self._casts.clear()
+        self._absorption.release()
 
     def start(self) -> None:
         """Sets every average to the live tensor."""
@@ -101,28 +90,7 @@ class Pairing:
 
     def absorb(self, lives: list[Tensor], rates: Sequence[float]) -> None:
         """``average += rate * (live - average)`` for each decay's average, with ``lives`` from :meth:`lives`."""
-        for group in self._groups:
-            if group.offloaded:
-                continue
-            if not group.alike:
-                first = group.stretch.start
-                if first not in self._casts:
-                    self._casts[first] = CastLerp(group.averages, lives[group.stretch])
-                self._casts[first](rates)
-            elif len(rates) == 1:
-                lerp_(group.averages[0], lives[group.stretch], rates[0])
-            else:
-                lerp_several_(group.averages, lives[group.stretch], rates)
-        if self._offloads:
-            groups = [group for group in self._groups if group.offloaded]
-            self._offload.submit([Update(g.averages, self._as_now(lives, g.stretch), rates) for g in groups])
-
-    def _as_now(self, lives: list[Tensor], stretch: slice) -> list[Tensor]:
-        """Live tensors that only an optimizer changes: copies of those that a forward pass writes to."""
-        return [
-            live.detach().clone() if pair.candidate.is_buffer or pair.candidate.rewritten else live
-            for pair, live in zip(self._absorbed[stretch], lives[stretch], strict=True)
-        ]
+        self._absorption.absorb(lives, rates)
 
     def lives(self) -> list[Tensor]:
         """The live tensors as they are now, in the order that :meth:`absorb` takes."""
@@ -223,7 +191,7 @@ class Pairing:
     # --- pairing ----------------------------------------------------------------------------------------------------
 
     def _refresh(self) -> None:
-        self._offload.finish()
+        self._absorption.finish()
         self._survey = Survey(self._module)
         self.settle()
         of_both = (self._survey, self._into)
@@ -345,27 +313,18 @@ class Pairing:
         """Lays pairs of one kind side by side, and keeps what tells later that nothing has changed."""
         holders = Counter(_storage(candidate) for candidate in self._survey.candidates)
         crossed = _crossed(self._survey.candidates)
-        ordered = sorted(self._pairs.values(), key=lambda pair: str(_kind(pair)))
+        ordered = self._absorption.in_order(list(self._pairs.values()))
         self._ordered = ordered
         self._absorbed = [pair for pair in ordered if pair.share is None or not pair.share.empty]
         self._expect()
-        self._groups: list[_Group] = []
         for pair in ordered:
             unshared = holders[_storage(pair.candidate)] == 1 and not pair.candidate.aliases
             pair.exclusive = unshared and owns_storage(pair.live)
             pair.crossed = id(pair.candidate) in crossed
-        start = 0
-        while self.started and start < len(self._absorbed):
-            kind = _kind(self._absorbed[start])
-            alike = list(itertools.takewhile(lambda pair: _kind(pair) == kind, self._absorbed[start:]))  # noqa: B023
-            averages = [list(each) for each in zip(*([local(a) for a in pair.averages] for pair in alike), strict=True)]
-            stretch, offloaded = slice(start, start + len(alike)), kind[3].type == "cpu" != kind[1].type
-            self._groups.append(_Group(averages, stretch, kind[:2] == kind[2:], offloaded))
-            start += len(alike)
-        self._offloads = any(group.offloaded for group in self._groups)
+        self._absorption.arrange(self._absorbed if self.started else [])
 
     def _expect(self) -> None:
-        self._casts: dict[int, CastLerp] = {}  # of groups whose dtypes differ, by where their stretch begins
+        self.release()
         self._lives = [pair.part(pair.live) for pair in self._absorbed]
         self._expected = [(*pair.candidate.slots[0], pair.live, pair.live.data_ptr()) for pair in self._ordered]
         sharded = [(pair.live, local(pair.live)) for pair in self._ordered if is_sharded(pair.live)]
@@ -425,8 +384,3 @@ def _crossed(candidates: list[Candidate]) -> set[int]:
             if first <= last:
                 found |= {id(one), id(other)}
     return found
-
-
-def _kind(pair: Pair) -> tuple[torch.dtype, torch.device, torch.dtype, torch.device]:
-    average = pair.averages[0] if pair.averages else pair.live
-    return pair.live.dtype, pair.live.device, average.dtype, average.device

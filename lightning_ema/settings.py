@@ -34,6 +34,7 @@ class Settings:
     buffers: Buffers
     dtype: torch.dtype | None
     device: torch.device | None
+    overlap: bool
     on_nonfinite: OnNonfinite
 
     @classmethod
@@ -49,6 +50,7 @@ class Settings:
         buffers: Buffers,
         dtype: torch.dtype | None,
         device: torch.device | str | None,
+        overlap: bool,
         on_nonfinite: OnNonfinite,
     ) -> Settings:
         """Checks every argument on its own.
@@ -67,6 +69,7 @@ class Settings:
             )
         check_choice(buffers, "buffers", ("average", "copy"))
         check_flag(include_frozen, "include_frozen")
+        check_flag(overlap, "overlap")
         check_choice(on_nonfinite, "on_nonfinite", get_args(OnNonfinite))
         if on_nonfinite == "skip" and any(schedule.corrects for schedule in decays):
             raise ValueError(
@@ -87,6 +90,7 @@ class Settings:
             buffers=buffers,
             dtype=dtype,
             device=None if device is None else _device(device),
+            overlap=overlap,
             on_nonfinite=on_nonfinite,
         )
 

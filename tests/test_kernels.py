@@ -11,9 +11,9 @@ from lightning_ema.kernels import (
     all_finite,
     exchange_,
     lerp_,
+    lerp_alike_,
     lerp_cast_,
     lerp_reference_,
-    lerp_several_,
     ratio,
     relative_distance,
     sampled_norms,
@@ -77,7 +77,7 @@ def test_several_averages_in_one_pass_equal_the_reference_on_each(layout, live_d
         averages, lives = lists(torch.float32, live_dtype, layout)
         several.append([average + shift for average in averages])
     expected = [[average.clone() for average in averages] for averages in several]
-    update = lerp_several_ if live_dtype == torch.float32 else lerp_cast_
+    update = lerp_alike_ if live_dtype == torch.float32 else lerp_cast_
     update(several, lives, rates)
     for averages, rate in zip(expected, rates, strict=True):
         lerp_reference_(averages, lives, rate)

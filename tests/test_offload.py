@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from lightning_ema import Constant, WeightAverage
+from lightning_ema import Constant, WeightAverage, absorption
 from lightning_ema import offload as module_under_test
 from lightning_ema.kernels import CHUNK, lerp_reference_
 from lightning_ema.offload import Offload, Update, absorb_through_buffers_
@@ -97,14 +97,8 @@ def test_copies_have_no_thread(monkeypatch):
 @pytest.fixture
 def offloaded(monkeypatch):
     """An average whose pairs count as lying on another device."""
-    import lightning_ema.pairing as pairing
-
-    real = pairing._Group
-
-    def on_host(averages, stretch, alike, offloaded):
-        return real(averages, stretch, alike, True)
-
-    monkeypatch.setattr(pairing, "_Group", on_host)
+    real = absorption.Group
+    monkeypatch.setattr(absorption, "Group", lambda averages, stretch, where: real(averages, stretch, "thread"))
 
 
 def test_whatever_reads_the_average_waits_for_it(offloaded, monkeypatch):

@@ -164,3 +164,13 @@ def test_an_update_makes_no_python_call_for_each_tensor(count):
     average.step()
     _, calls = count_calls(average.step)
     assert calls <= 24
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_update_never_waits_for_its_device(dtype):
+    with torch.device("meta"):  # where reading a number is an error, as it is a wait elsewhere
+        average = WeightAverage(nn.Linear(3, 4).to(dtype), [Constant(0.9), Constant(0.99)])
+    average.step()
+    with pytest.raises(RuntimeError, match="meta"):
+        next(iter(dict(average.named_tensors()).values())).sum().item()
+    assert average.num_updates == 1
