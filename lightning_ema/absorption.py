@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lightning_ema.fused import lerp_of
 from lightning_ema.kernels import Lerp
-from lightning_ema.loan import Pair
 from lightning_ema.offload import Offload, Update
+from lightning_ema.pair import Pair
 from lightning_ema.shards import local
 from lightning_ema.side_stream import SideStream, has_streams
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ema.absorption import Absorption
-from lightning_ema.loan import Pair
+from lightning_ema.pair import Pair
 from lightning_ema.selection import Candidate, Survey, check_patterns, joins, owns_storage
 from lightning_ema.settings import Settings
 from lightning_ema.shards import Groups, is_sharded, local, same_cut
@@ -321,6 +321,7 @@ class Pairing:
             unshared = holders[_storage(pair.candidate)] == 1 and not pair.candidate.aliases
             pair.exclusive = unshared and owns_storage(pair.live)
             pair.crossed = id(pair.candidate) in crossed
+            pair.plain = _is_plain(pair)
         self._absorption.arrange(self._absorbed if self.started else [])
 
     def _expect(self) -> None:
@@ -384,3 +385,11 @@ def _crossed(candidates: list[Candidate]) -> set[int]:
             if first <= last:
                 found |= {id(one), id(other)}
     return found
+
+
+def _is_plain(pair: Pair) -> bool:
+    candidate = pair.candidate
+    if candidate.is_buffer or candidate.rewritten or len(candidate.slots) > 1:
+        return False
+    alike = all((a.dtype, a.device) == (pair.live.dtype, pair.live.device) for a in pair.averages)
+    return alike and pair.exclusive and not pair.crossed and pair.share is None

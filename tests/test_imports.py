@@ -25,6 +25,8 @@ LAYERS = [
         "randomness",
     },
     {"shares", "offload", "fused_kernel", "side_stream"},
+    {"pair"},
+    {"storages"},
     {"settings", "loan", "fused", "footprint", "recalibration", "aside", "metrics", "spelling", "views"},
     {"absorption"},
     {"pairing", "history"},
