@@ -71,10 +71,14 @@ def unpack(entry: dict[str, Any], model: Mapping[str, Tensor]) -> tuple[dict[str
     return {**entry, "average": average}, live
 
 
+_WHERE = ("device", "overlap")  # settings that change where an update is made, and nothing about the average
+
+
 def changes(entry: dict[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """What differs between the settings in a file and those in force, a line each."""
+    """What differs between the settings in a file and those in force, and matters to the average: a line each."""
     then = entry["config"]
-    return [f"{key}: {then[key]} in the file, {now} now" for key, now in config.items() if then.get(key, now) != now]
+    matters = ((key, now) for key, now in config.items() if key not in _WHERE)
+    return [f"{key}: {then[key]} in the file, {now} now" for key, now in matters if then.get(key, now) != now]
 
 
 def foreign(checkpoint: Mapping[str, Any]) -> tuple[int, int, dict[str, Tensor]] | None:

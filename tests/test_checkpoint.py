@@ -62,6 +62,12 @@ def test_what_changed_in_the_settings():
     ]
 
 
+def test_where_the_average_lies_does_not_change_it():
+    entry = {**STATE, "config": {"device": "cpu", "overlap": False, "buffers": "copy"}}
+    now = {"device": "None", "overlap": True, "buffers": "average"}
+    assert changes(entry, now) == ["buffers: copy in the file, average now"]
+
+
 def test_a_file_of_lightnings_own_callback():
     live = {"w": LIVE_A}
     file = {
