@@ -172,6 +172,12 @@ def trainer_of(module: nn.Module) -> Trainer | None:
     return module._trainer if isinstance(module, LightningModule) else None
 
 
+def in_training_step(module: LightningModule) -> bool:
+    """Whether the module's ``training_step`` is running, called by a trainer."""
+    # the name alone would not do: an exception leaves it as it is
+    return module._current_fx_name == "training_step" and module._trainer is not None and module._trainer.training
+
+
 def process_of(trainer: Trainer | None) -> tuple[int, int]:
     """This process among those that share the data: its rank and their number."""
     shared = None if trainer is None else trainer.distributed_sampler_kwargs
