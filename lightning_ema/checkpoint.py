@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_ema.settings import as_whole
 from lightning_ema.state import check_state
 
 STATE_KEY_PREFIX = "EMACallback{"
@@ -72,9 +73,11 @@ def unpack(entry: dict[str, Any], model: Mapping[str, Tensor]) -> tuple[dict[str
 
 
 def changes(entry: dict[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """What differs between the settings in a file and those in force, a line each."""
+    """What differs between the settings in a file and those in force, a line each; 1 and 1.0 do not differ."""
     then = entry["config"]
-    return [f"{key}: {then[key]} in the file, {now} now" for key, now in config.items() if then.get(key, now) != now]
+    both = [(key, then.get(key, now), now) for key, now in config.items()]
+    differing = [each for each in both if as_whole(str(each[1])) != as_whole(str(each[2]))]
+    return [f"{key}: {was} in the file, {now} now" for key, was, now in differing]
 
 
 def foreign(checkpoint: Mapping[str, Any]) -> tuple[int, int, dict[str, Tensor]] | None:

@@ -62,6 +62,12 @@ def test_what_changed_in_the_settings():
     ]
 
 
+def test_a_setting_from_python_is_the_one_from_yaml():
+    entry = {"config": {"decay": "[HalfLife(epochs=1.0), Ramp(0.99, 10.0)]", "every_n_steps": 1}}
+    assert changes(entry, {"decay": "[HalfLife(epochs=1), Ramp(0.99, 10)]", "every_n_steps": 1}) == []
+    assert changes(entry, {"decay": "[HalfLife(epochs=1.05), Ramp(0.99, 10)]", "every_n_steps": 10}) != []
+
+
 def test_a_file_of_lightnings_own_callback():
     live = {"w": LIVE_A}
     file = {
