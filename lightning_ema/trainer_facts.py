@@ -68,6 +68,12 @@ def callbacks(trainer: Trainer) -> list[Callback]:
     return cast("list[Callback]", trainer.callbacks)  # type: ignore[attr-defined]
 
 
+def monitored(trainer: Trainer) -> dict[str, str]:
+    """The metrics by which checkpoint callbacks keep the best files, each with its mode, ``"min"`` or ``"max"``."""
+    keeping = [c for c in callbacks(trainer) if any(k.__name__ == "ModelCheckpoint" for k in type(c).__mro__)]
+    return {c.monitor: c.mode for c in keeping if getattr(c, "monitor", None)}  # type: ignore[attr-defined]
+
+
 def check_strategy(trainer: Trainer) -> None:
     """Refuse strategies under which an average of the module's parameters would be wrong.
 
