@@ -63,6 +63,7 @@ def test_yaml_blocks_run(page, tmp_path):
         assert any(isinstance(callback, EMACallback) for callback in made.trainer.callbacks)
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_a_recipe_in_yaml_gives_the_arguments_of_the_recipe(tmp_path):
     page = ROOT / "docs" / "how-to" / "lightning-cli.md"
     (block,) = (block for block in blocks(page, "yaml") if "# recipes." in block)
