@@ -1,6 +1,7 @@
 """The teacher of a LightningModule: when it is made, how it follows, what files give it, what is refused."""
 
 import copy
+import logging
 import pickle
 import warnings
 
@@ -697,6 +698,26 @@ def test_the_schedule_counts_after_the_burn_in():
     config = MeanTeacherConfig(decay=0.99, burn_in_steps=10)
     assert config.schedule == Then(0.0, at=10, second=Warmup(0.99))
     assert MeanTeacherConfig(decay=Constant(0.9)).schedule == Constant(0.9)
+
+
+class TestReport:
+    def test_after_a_fit_the_log_says_what_the_teacher_is(self, caplog):
+        with caplog.at_level(logging.INFO):
+            fit(seeded(Taught))
+        (said,) = (r.message for r in caplog.records if r.message.startswith("MeanTeacher: "))
+        assert said.startswith("MeanTeacher: 12 steps, 12 updates with Constant(0.5). The decay ends at 0.5, a horizon")
+
+    @pytest.mark.parametrize("run", [{"fast_dev_run": 2}, {"max_steps": 0}])
+    def test_there_is_nothing_to_say_of_a_trial_or_of_no_step(self, run, caplog):
+        with caplog.at_level(logging.INFO):
+            fit(seeded(Taught), **run)
+        assert not [r for r in caplog.records if r.message.startswith("MeanTeacher: ")]
+
+    def test_a_teacher_that_never_moved_is_told(self):
+        module = seeded(Taught)
+        module.mean_teacher = MeanTeacherConfig(decay=0.999, every_n_steps=13)
+        with pytest.warns(UserWarning, match=r"not updated in 12 steps .* every_n_steps=13 is longer"):
+            fit(module)
 
 
 def test_a_view_outside_of_a_trainer():
