@@ -115,6 +115,27 @@ def nothing_chosen(metric: str) -> str:
     )
 
 
+def monitors_another(monitor: str, mode: str, suffix: str, plain: str, select: str | None) -> str:
+    """A warning where files are kept by the score of weights that their ``state_dict`` does not hold.
+
+    Args:
+        monitor, mode: what a checkpoint callback was given.
+        suffix: the end of the monitored name that says which weights are scored.
+        plain: the name without it, that of the weights in ``state_dict``.
+        select: the metric by which one of several averages is chosen, if any.
+    """
+    if suffix == "_live":
+        held, remedy = "the average", "or write evaluate='live' for files of the live weights"
+    elif select is not None:
+        held, remedy = "the average that is chosen", "the score of that one"
+    else:
+        held, remedy = "the first average", f"and put that decay first or let select={plain!r}, mode={mode!r} choose"
+    return (
+        f"a ModelCheckpoint monitors {monitor!r}, but state_dict of its files holds {held}, not what is scored under "
+        f"that name. Monitor {plain!r}, {remedy}."
+    )
+
+
 def chosen(metric: str, scores: Mapping[str, float], winner: str) -> str:
     """Said when one of several averages has been chosen by a metric."""
     rest = ", ".join(f"{name} {score:.6g}" for name, score in scores.items() if name != winner)

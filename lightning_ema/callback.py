@@ -17,6 +17,7 @@ from lightning_ema import distributed_checkpoint, second_pass, trainer_facts, tr
 from lightning_ema.advice import (
     chosen,
     introduction,
+    monitors_another,
     no_step_seen,
     not_returned,
     nothing_chosen,
@@ -275,6 +276,9 @@ class EMACallback(Callback):
                 self._say(switching(self.switch_every))
         self._steps.hold(self._require().owns)
         self._meet(trainer)
+        for monitor, mode in trainer_facts.monitored(trainer).items():
+            if beside := second_pass.named_beside(monitor, self._suffixes()):
+                self._warn(monitors_another(monitor, mode, *beside, self.select))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         custody, average = self._held(), self._require()
@@ -595,6 +599,11 @@ class EMACallback(Callback):
         live: dict[str, int | None] = {"_live": None} if self.evaluate == "both" else {}
         others = self.averages[1:] if self.others == "evaluate" else []
         return {**live, **{f"/{self._label(average)}": place for place, average in enumerate(others, start=1)}}
+
+    def _suffixes(self) -> list[str]:
+        """The ends of the names under which weights are scored that ``state_dict`` of a file does not hold."""
+        among = self.averages if self.select is not None else []
+        return [*self._further_passes(), *(f"/{self._label(average)}" for average in among)]
 
     def _evaluate_again(self, trainer: Trainer, pl_module: LightningModule) -> None:
         begun, self._begun = self._begun, None

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_ema.settings import as_whole
 from lightning_ema.state import check_state
 
 STATE_KEY_PREFIX = "EMACallback{"
@@ -75,10 +76,14 @@ _WHERE = ("device", "overlap")  # settings that change where an update is made, 
 
 
 def changes(entry: dict[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """What differs between the settings in a file and those in force, and matters to the average: a line each."""
+    """What differs between the settings in a file and those in force, and matters to the average: a line each.
+
+    Numbers are alike that Python and YAML write differently, 1 and 1.0.
+    """
     then = entry["config"]
-    matters = ((key, now) for key, now in config.items() if key not in _WHERE)
-    return [f"{key}: {then[key]} in the file, {now} now" for key, now in matters if then.get(key, now) != now]
+    both = [(key, then.get(key, now), now) for key, now in config.items() if key not in _WHERE]
+    differing = [each for each in both if as_whole(str(each[1])) != as_whole(str(each[2]))]
+    return [f"{key}: {was} in the file, {now} now" for key, was, now in differing]
 
 
 def foreign(checkpoint: Mapping[str, Any]) -> tuple[int, int, dict[str, Tensor]] | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_ema.checkpoint import STATE_KEY_PREFIX, pack, state_key
 from lightning_ema.checks import check_choice, check_count
 from lightning_ema.export import write_weights
-from lightning_ema.found import Content, Found, Reader, Weights, callbacks_of, tensors
+from lightning_ema.found import Content, Found, Reader, Weights, callbacks_of, state_of, tensors
 from lightning_ema.naming import named_in_order, renamed
 from lightning_ema.readers_lightning import lit_ema, nemo, nemo_by_name, stochastic_weight_averaging, weight_averaging
 from lightning_ema.readers_openmmlab import mean_teacher, mmdet2, mmdet2_mid_epoch, mmengine
@@ -113,7 +113,7 @@ def recognise(content: Content, path: str = "", system: str | None = None) -> Fo
     readers = READERS if system is None else {system: READERS[system]}
     places = [("", content)]
     places += [(f"under {k!r}: ", v) for k, v in content.items() if isinstance(v, Mapping) and k not in _PARTS]
-    results = [(where, reader(part)) for where, part in places for reader in readers.values()]
+    results = [(where, _read_by(reader, part)) for where, part in places for reader in readers.values()]
     found = [replace(one, because=where + one.because) for where, one in results if one is not None]
     if not found and path.endswith("-EMA.ckpt") and system in (None, "nemo"):
         found = nemo_by_name(content)
@@ -124,7 +124,7 @@ def recognise(content: Content, path: str = "", system: str | None = None) -> Fo
         )
     if not found:
         shown = [str(key) for key in content]
-        inside = [str(key) for key in content.get("state_dict", {})] if "state_dict" in content else []
+        inside = [str(key) for key in state_of(content)] if state_of(content) is not content else []
         raise ValueError(
             f"no average is recognised in the file{f' by the reader of {system}' if system else ''}. Its keys: "
             f"{_list(shown)}{f'; in state_dict: {_list(inside)}' if inside else ''}. Known are:\n  "
@@ -206,6 +206,17 @@ def describe(found: Found) -> str:
         f"live weights: {len(found.live)} tensors" if found.live else "live weights: none in the file",
     ]
     return "\n".join([*lines, *found.notes])
+
+
+def _read_by(reader: Reader, content: Content) -> Found | None:
+    try:
+        return reader(content)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"the file has keys of {reader.__name__}, but under them not what that system writes "
+            f"({type(error).__name__}: {error}). Take another file, or say which system wrote it: --system NAME (in "
+            "Python system=...)."
+        ) from error
 
 
 def _fitted(found: Found, model: Weights, about: Content) -> Found:

@@ -20,13 +20,14 @@ from lightning_ema.found import (
 
 def timm(content: Content) -> Found | None:
     """timm's training script: ``state_dict_ema`` beside ``state_dict``."""
-    if not isinstance(content.get("state_dict_ema"), Mapping):
+    average, live = content.get("state_dict_ema"), content.get("state_dict")
+    if not isinstance(average, Mapping):
         return None
     return Found(
         "timm",
         "state_dict_ema, as timm's training script writes it",
-        _unwrapped(content["state_dict_ema"]),
-        _unwrapped(content.get("state_dict", {})),
+        _unwrapped(average),
+        _unwrapped(live) if isinstance(live, Mapping) else {},
     )
 
 

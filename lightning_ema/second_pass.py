@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -162,6 +162,17 @@ def log_again(pl_module: LightningModule, results: Sequence[Result], suffix: str
         with logging_for(pl_module.trainer, loader):
             for result in of_loader:
                 _log(pl_module, _base(result) + suffix, result)
+
+
+def named_beside(metric: str, suffixes: Iterable[str]) -> tuple[str, str] | None:
+    """The suffix of a metric that :func:`log_again` logs, and the name that it has without; None for another metric.
+
+    >>> named_beside("loss/ema_0.9/dataloader_idx_1", ["_live", "/ema_0.9"])
+    ('/ema_0.9', 'loss/dataloader_idx_1')
+    """
+    base, ending, loader = metric.partition("/dataloader_idx_")
+    suffix = next((suffix for suffix in suffixes if base.endswith(suffix)), None)
+    return None if suffix is None else (suffix, base.removesuffix(suffix) + ending + loader)
 
 
 @contextmanager

@@ -130,15 +130,26 @@ def as_schedules(decay: float | Schedule | Sequence[float | Schedule]) -> tuple[
 def label(schedule: Schedule) -> str:
     """A word for one of several averages, for log keys: as it was written, without signs that loggers refuse.
 
-    >>> from lightning_ema.schedules import Constant
-    >>> label(Warmup(0.999)), label(Constant(0.99))
-    ('0.999', 'Constant_0.99')
+    Equal schedules have one name: whole numbers are written without ``.0``, with which YAML gives them.
+
+    >>> from lightning_ema.schedules import Constant, HalfLife
+    >>> label(Warmup(0.999)), label(Constant(0.99)), label(HalfLife(epochs=1.0))
+    ('0.999', 'Constant_0.99', 'HalfLife_epochs_1')
     """
     if isinstance(schedule, Warmup) and schedule == Warmup(schedule.decay):
-        return repr(schedule.decay)
+        return repr(float(schedule.decay))
     if not is_dataclass(schedule):
         return type(schedule).__name__  # its repr may hold an address, which is another in every run
-    return re.sub(r"[^\w.]+", "_", repr(schedule)).strip("_")
+    return re.sub(r"[^\w.]+", "_", as_whole(repr(schedule))).strip("_")
+
+
+def as_whole(text: str) -> str:
+    """A text in which numbers that are whole are written without ``.0``, so that equal settings read the same.
+
+    >>> as_whole("Then(1.0, at=3, second=HalfLife(epochs=10.05))")
+    'Then(1, at=3, second=HalfLife(epochs=10.05))'
+    """
+    return re.sub(r"\b(\d+)\.0\b(?!\.)", r"\1", text)
 
 
 def _as_schedule(decay: float | Schedule) -> Schedule:

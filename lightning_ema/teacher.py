@@ -19,6 +19,7 @@ from torchmetrics import Metric
 from lightning_ema.selection import without_wrappers
 from lightning_ema.teacher_callback import TeacherCallback
 from lightning_ema.teacher_config import MeanTeacherConfig
+from lightning_ema.trainer_facts import in_training_step
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule as _Base
@@ -158,8 +159,19 @@ class MeanTeacherMixin(_Base):
     # --- prediction and validation ----------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the network says that ``predict_on`` names; ``predict_step`` calls this."""
-        return self.networks()[self.mean_teacher.predict_on](*args, **kwargs)
+        """What the network says that ``predict_on`` names; ``predict_step`` calls this.
+
+        Raises:
+            RuntimeError: ``training_step`` asks the teacher with gradients enabled, as if it could be trained.
+        """
+        asked = self.mean_teacher.predict_on
+        if asked == "teacher" and torch.is_grad_enabled() and in_training_step(self):
+            raise RuntimeError(
+                "self(...) in training_step asks the teacher, which is frozen: a loss on what it says trains nothing. "
+                "Write self.student(...) for what is to be trained. For targets write `with self.teacher_view() as "
+                "teacher:`, or call self(...) under torch.no_grad()."
+            )
+        return self.networks()[asked](*args, **kwargs)
 
     def networks(self) -> dict[str, nn.Module]:
         """Teacher and student by name."""

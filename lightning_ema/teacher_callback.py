@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
@@ -132,6 +132,8 @@ class TeacherCallback(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.absorb()
         self._steps.release()
+        if self.num_steps > 0 and not trainer_facts.is_trial(trainer):
+            self._report(self._require())
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         try:
@@ -231,6 +233,15 @@ class TeacherCallback(Callback):
         tensors = Survey(self._teacher).tensors
         stored = {name: tensors[name] for name in state["names"] if name in tensors}
         average.load_state_dict({**state, "average": stored})
+
+    def _report(self, average: WeightAverage) -> None:
+        if average.num_updates > 0:
+            rank_zero_info(f"MeanTeacher: {average.report()}")
+        else:
+            rank_zero_warn(
+                f"MeanTeacher: the teacher was not updated in {average.num_steps} steps and is still the student as the "
+                f"run began: every_n_steps={average.settings.every_n_steps} is longer than the run. Lower it."
+            )
 
     def _require(self) -> WeightAverage:
         if self._average is None:

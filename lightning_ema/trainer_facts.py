@@ -68,6 +68,12 @@ def callbacks(trainer: Trainer) -> list[Callback]:
     return cast("list[Callback]", trainer.callbacks)  # type: ignore[attr-defined]
 
 
+def monitored(trainer: Trainer) -> dict[str, str]:
+    """The metrics by which checkpoint callbacks keep the best files, each with its mode, ``"min"`` or ``"max"``."""
+    keeping = [c for c in callbacks(trainer) if any(k.__name__ == "ModelCheckpoint" for k in type(c).__mro__)]
+    return {c.monitor: c.mode for c in keeping if getattr(c, "monitor", None)}  # type: ignore[attr-defined]
+
+
 def check_strategy(trainer: Trainer) -> None:
     """Refuse strategies under which an average of the module's parameters would be wrong.
 
@@ -170,6 +176,12 @@ def logs_this_step(trainer: Trainer) -> bool:
 def trainer_of(module: nn.Module) -> Trainer | None:
     """The trainer that the module is attached to; None where there is none."""
     return module._trainer if isinstance(module, LightningModule) else None
+
+
+def in_training_step(module: LightningModule) -> bool:
+    """Whether the module's ``training_step`` is running, called by a trainer."""
+    # the name alone would not do: an exception leaves it as it is
+    return module._current_fx_name == "training_step" and module._trainer is not None and module._trainer.training
 
 
 def process_of(trainer: Trainer | None) -> tuple[int, int]:

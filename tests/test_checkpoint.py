@@ -68,6 +68,12 @@ def test_where_the_average_lies_does_not_change_it():
     assert changes(entry, now) == ["buffers: copy in the file, average now"]
 
 
+def test_a_setting_from_python_is_the_one_from_yaml():
+    entry = {"config": {"decay": "[HalfLife(epochs=1.0), Ramp(0.99, 10.0)]", "every_n_steps": 1}}
+    assert changes(entry, {"decay": "[HalfLife(epochs=1), Ramp(0.99, 10)]", "every_n_steps": 1}) == []
+    assert changes(entry, {"decay": "[HalfLife(epochs=1.05), Ramp(0.99, 10)]", "every_n_steps": 10}) != []
+
+
 def test_a_file_of_lightnings_own_callback():
     live = {"w": LIVE_A}
     file = {

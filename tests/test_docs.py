@@ -10,7 +10,7 @@ from test_cli import cli
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from lightning_ema import EMACallback
+from lightning_ema import EMACallback, recipes
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -61,6 +61,18 @@ def test_yaml_blocks_run(page, tmp_path):
         (tmp_path / "config.yaml").write_text(block)
         made = cli("fit", f"--config={tmp_path / 'config.yaml'}", f"--trainer.default_root_dir={tmp_path}")
         assert any(isinstance(callback, EMACallback) for callback in made.trainer.callbacks)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_recipe_in_yaml_gives_the_arguments_of_the_recipe(tmp_path):
+    page = ROOT / "docs" / "how-to" / "lightning-cli.md"
+    (block,) = (block for block in blocks(page, "yaml") if "# recipes." in block)
+    recipe = eval(re.search(r"# (recipes\..*)", block)[1], {"recipes": recipes})
+    assert str(recipe) in page.read_text()  # as print shows it
+    (tmp_path / "config.yaml").write_text(block)
+    made = cli(f"--config={tmp_path / 'config.yaml'}", "--trainer.logger=false", run=False)
+    (callback,) = (c for c in made.trainer.callbacks if isinstance(c, EMACallback))
+    assert callback.settings == EMACallback(**recipe).settings
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

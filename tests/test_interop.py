@@ -1,5 +1,6 @@
 """Files of other systems, laid out as these document them: recognised, converted, and resumed from in a Trainer."""
 
+import contextlib
 import copy
 
 import pytest
@@ -144,6 +145,35 @@ LAYOUTS = {
     "stochastic_weight_averaging": (stochastic_weight_averaging, {}, MIXED, LIVE, None),
     "nemo": (nemo, {"live": LIVE}, MIXED, LIVE, 7),
 }
+
+
+def test_an_average_without_live_weights_beside_it():
+    found = interop.read({"state_dict_ema": dict(AVERAGE), "state_dict": None})
+    assert found.system == "timm" and equal(found.weights, AVERAGE) and found.live == {}
+
+
+@pytest.mark.parametrize("system", LAYOUTS)
+def test_whatever_stands_under_a_key_no_other_error_is_raised(system):
+    make, arguments, *_ = LAYOUTS[system]
+    content = make()
+    for changed in _changed(content):
+        with contextlib.suppress(ValueError):
+            interop.read(changed, **arguments)
+
+
+def _changed(content, depth=2):
+    """The content with each of its entries, and of those within, put in place of by what does not belong there."""
+    for key, value in content.items():
+        yield from ({**content, key: other} for other in (None, 3, "x", [1], {}))
+        if isinstance(value, dict) and depth > 1:
+            yield from ({**content, key: inner} for inner in _changed(value, depth - 1))
+
+
+def test_what_a_system_does_not_write_is_told_with_its_name():
+    with pytest.raises(ValueError, match=r"of stochastic_weight_averaging, but .* \(AttributeError.*--system NAME"):
+        interop.read({**stochastic_weight_averaging(), "state_dict": None})
+    with pytest.raises(ValueError, match=r"no average is recognised in the file\. Its keys: state_dict\. Known"):
+        interop.read({"state_dict": None})
 
 
 def test_every_reader_has_a_layout_here():

@@ -358,6 +358,32 @@ def test_mmpretrain_cosine_of_a_resumed_run_is_that_of_the_whole_run(tmp_path):
     assert resumed.average.schedule(last) == pytest.approx(1 - cosine(0.5, 0.1, 4 * BATCHES)(last), abs=1e-12)
 
 
+class FromSecondEpoch(Callback):
+    """mmengine's hook with ``begin_epoch=2``: the first step of the second epoch copies, later ones average."""
+
+    def __init__(self, momentum, accumulated):
+        self.momentum, self.accumulated = momentum, accumulated
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        live = {name: p.detach() for name, p in pl_module.named_parameters()}
+        if trainer.current_epoch == 0 or batch_idx < self.accumulated:
+            self.average = clones(live)
+        elif (batch_idx + 1) % self.accumulated == 0:
+            self.average = {n: (1 - self.momentum) * a + self.momentum * live[n] for n, a in self.average.items()}
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_begin_epoch_is_begin_iter_after_an_epoch_of_steps(accumulated):
+    hook, recipe = FromSecondEpoch(0.3, accumulated), recipes.mmengine_ema(momentum=0.3)
+    exact = EMACallback(**recipes.mmengine_ema(momentum=0.3, begin_iter=BATCHES // accumulated + 1))
+    near = EMACallback(**recipe, start_epoch=1, evaluate="live", name="near")
+    fit(seeded(), hook, exact, near, accumulate_grad_batches=accumulated)
+    averages, others = dict(exact.average.named_tensors()), dict(near.average.named_tensors())
+    for name, tensor in hook.average.items():
+        torch.testing.assert_close(averages[name], tensor, rtol=0, atol=1e-6)
+    assert max((others[name] - tensor).abs().max() for name, tensor in hook.average.items()) > 1e-4
+
+
 @pytest.mark.parametrize("case", FOLLOWED)
 def test_recipes_are_plain_values(case):
     recipe, _, _ = FOLLOWED[case]

@@ -3,7 +3,8 @@ import warnings
 import pytest
 import torch
 
-from lightning_ema import Constant, EMACallback, Warmup, WeightAverage
+from lightning_ema import Constant, EMACallback, HalfLife, Ramp, Then, Warmup, WeightAverage
+from lightning_ema.settings import label
 
 BAD = [
     ({"decay": 1.5}, ValueError, r"decay is 1.5; it must lie in \[0, 1\]"),
@@ -80,6 +81,26 @@ def test_an_interval_within_a_tenth_of_the_horizon_does_not(decay, every_n_steps
 def test_settings_come_back_from_their_own_arguments():
     average = WeightAverage(torch.nn.Linear(1, 1), 0.9, start_step=3, exclude=["bias"], dtype=torch.float64)
     assert WeightAverage(average.module, **average.settings.as_arguments()).settings == average.settings
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "name"),
+    [
+        (HalfLife(epochs=1), HalfLife(epochs=1.0), "HalfLife_epochs_1"),
+        (
+            Then(1, at=3, second=Ramp(0.99, tau=20)),
+            Then(1.0, at=3, second=Ramp(0.99, tau=20.0)),
+            "Then_1_3_Ramp_0.99_20",
+        ),
+        (Then(0.5, at=3, second=Constant(0.99)), Then(0.5, 3, Constant(0.99)), "Then_0.5_3_Constant_0.99"),
+        (Warmup(0.9, offset=20), Warmup(0.9, offset=20.0), "Warmup_0.9_offset_20"),
+        (Warmup(1), Warmup(1.0), "1.0"),
+        (HalfLife(epochs=10.05), HalfLife(epochs=10.05), "HalfLife_epochs_10.05"),
+    ],
+)
+def test_equal_schedules_have_one_name(one, other, name):
+    assert one == other
+    assert label(one) == label(other) == name
 
 
 def test_the_engine_alone_has_no_batches_to_recalibrate_from():

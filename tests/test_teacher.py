@@ -1,6 +1,7 @@
 """The teacher of a LightningModule: when it is made, how it follows, what files give it, what is refused."""
 
 import copy
+import logging
 import pickle
 import warnings
 
@@ -484,6 +485,83 @@ class TestPrediction:
         assert this.callback_metrics["teacher/mse"] != this.callback_metrics["student/mse"]
 
 
+class Calls(Taught):
+    """What most modules write: the module itself is called in the training step."""
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.mse_loss(self(batch[0]), batch[1])
+
+
+class TestTheModuleCalledInTraining:
+    @pytest.mark.parametrize("consistent", [False, True])
+    def test_a_loss_on_the_teacher_is_refused(self, consistent):
+        class Mixed(Calls):
+            def training_step(self, batch, batch_idx):  # nothing else would be said: the sum has a gradient
+                loss = super().training_step(batch, batch_idx)
+                return loss + self.student(batch[0]).mean() if consistent else loss
+
+        module = seeded(Mixed)
+        with pytest.raises(RuntimeError, match=r"self\(...\) in training_step asks the teacher.* self.student\(...\)"):
+            fit(module, num_sanity_val_steps=0)
+        assert module(next(iter(loader(1)))[0]).shape == (8, 1)  # after the exception it is called as before
+
+    def test_two_optimizers_under_manual_optimization_too(self):
+        class ByHand(Manual):
+            def training_step(self, batch, batch_idx):
+                self.manual_backward(self(batch[0]).sum())
+
+        with pytest.raises(RuntimeError, match="asks the teacher, which is frozen"):
+            fit(seeded(ByHand))
+
+    def test_the_student_on_request_trains(self):
+        module = seeded(Calls)
+        module.mean_teacher = MeanTeacherConfig(decay=Constant(0.5), predict_on="student")
+        before = clones(module.student.named_parameters())
+        fit(module, max_epochs=1)
+        assert not any(torch.equal(p, before[name]) for name, p in module.student.named_parameters())
+
+    def test_a_forward_of_the_modules_own_is_left_to_it(self):
+        class Own(Calls):
+            def forward(self, x):
+                return self.student(x)
+
+        module = seeded(Own)
+        fit(module, max_epochs=1)
+        assert module.teacher_callback.num_steps == BATCHES
+
+    def test_targets_without_gradients_and_calls_from_elsewhere(self, tmp_path):
+        class Elsewhere(Callback):
+            def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+                assert torch.is_grad_enabled()
+                seen.append(pl_module(batch[0]))
+
+        class Graph(CSVLogger):
+            def log_graph(self, model, input_array=None):  # as TensorBoardLogger's does, with gradients enabled
+                assert torch.is_grad_enabled()
+                seen.append(model(model.example_input_array))
+
+        class Targets(Taught):
+            def __init__(self):
+                super().__init__()
+                self.example_input_array = torch.zeros(2, 4)
+
+            def training_step(self, batch, batch_idx):
+                with torch.no_grad():
+                    targets = self(batch[0])
+                return nn.functional.mse_loss(self.student(batch[0]), targets + batch[1])
+
+            def validation_step(self, batch, batch_idx):
+                with torch.enable_grad():
+                    seen.append(self(batch[0]))
+
+        seen, module = [], seeded(Targets)
+        this = fit(module, Elsewhere(), logger=Graph(tmp_path), enable_model_summary=True, inference_mode=False)
+        this.predict(module, loader(1))
+        assert module.teacher_callback.num_steps == 2 * BATCHES
+        validations, graphs = 2 + 2 * 2, 2  # the sanity check's too; predict draws the graph again
+        assert len(seen) == 2 * BATCHES + validations + graphs
+
+
 class TestRefusals:
     @pytest.mark.parametrize("resumed", [False, True])
     def test_a_teacher_in_an_optimizer(self, resumed, tmp_path):
@@ -620,6 +698,26 @@ def test_the_schedule_counts_after_the_burn_in():
     config = MeanTeacherConfig(decay=0.99, burn_in_steps=10)
     assert config.schedule == Then(0.0, at=10, second=Warmup(0.99))
     assert MeanTeacherConfig(decay=Constant(0.9)).schedule == Constant(0.9)
+
+
+class TestReport:
+    def test_after_a_fit_the_log_says_what_the_teacher_is(self, caplog):
+        with caplog.at_level(logging.INFO):
+            fit(seeded(Taught))
+        (said,) = (r.message for r in caplog.records if r.message.startswith("MeanTeacher: "))
+        assert said.startswith("MeanTeacher: 12 steps, 12 updates with Constant(0.5). The decay ends at 0.5, a horizon")
+
+    @pytest.mark.parametrize("run", [{"fast_dev_run": 2}, {"max_steps": 0}])
+    def test_there_is_nothing_to_say_of_a_trial_or_of_no_step(self, run, caplog):
+        with caplog.at_level(logging.INFO):
+            fit(seeded(Taught), **run)
+        assert not [r for r in caplog.records if r.message.startswith("MeanTeacher: ")]
+
+    def test_a_teacher_that_never_moved_is_told(self):
+        module = seeded(Taught)
+        module.mean_teacher = MeanTeacherConfig(decay=0.999, every_n_steps=13)
+        with pytest.warns(UserWarning, match=r"not updated in 12 steps .* every_n_steps=13 is longer"):
+            fit(module)
 
 
 def test_a_view_outside_of_a_trainer():

@@ -1,6 +1,7 @@
 """evaluate="both" and others="evaluate": a pass of its own for each further set of weights, beside the usual one."""
 
 import csv
+import re
 
 import pytest
 import torch
@@ -251,3 +252,56 @@ def test_until_the_first_update_the_others_are_the_live_weights_too():
     callback = EMACallback([0.9, Constant(0.5)], others="evaluate", evaluate="both", every_n_steps=100)
     metrics = fit(seeded(Measured), callback).callback_metrics
     assert metrics["val_loss"] == metrics["val_loss_live"] == metrics["val_loss/ema_Constant_0.5"]
+
+
+OTHERS = {"decay": [0.9, Constant(0.5)], "others": "evaluate"}
+SELECTING = {"decay": [0.9, Constant(0.5)], "select": "val_loss"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "monitor", "told"),
+    [
+        (
+            OTHERS,
+            "val_loss/ema_Constant_0.5",
+            "the first average, .* Monitor 'val_loss', and put that decay",
+        ),
+        (OTHERS, "val_mean/ema_Constant_0.5", "let select='val_mean', mode='max' choose"),
+        (
+            SELECTING,
+            "val_loss/ema_0.9",
+            "the average that is chosen, .* Monitor 'val_loss', the score",
+        ),
+        ({"evaluate": "both"}, "val_loss_live", "holds the average, .* Monitor 'val_loss', or write evaluate='live'"),
+        (OTHERS, "val_loss", None),
+        (SELECTING, "val_loss", None),
+        ({"evaluate": "both"}, "val_loss", None),
+        (OTHERS, None, None),
+    ],
+)
+def test_files_kept_by_the_score_of_weights_that_they_do_not_hold(arguments, monitor, told, tmp_path, recwarn):
+    mode = "max" if monitor and "mean" in monitor else "min"
+    keeps = ModelCheckpoint(tmp_path, monitor=monitor, mode=mode)
+    stops = EarlyStopping("val_loss", patience=9)  # to stop by the score of other weights is no mistake
+    callback = EMACallback(**arguments)
+    fit(seeded(Measured), callback, keeps, stops, enable_checkpointing=True)
+    said = [str(warning.message) for warning in recwarn if "a ModelCheckpoint monitors" in str(warning.message)]
+    assert [bool(re.search(f"EMACallback 'ema': .*monitors '{monitor}', .*{told}", text)) for text in said] == (
+        [True] if told else []
+    )
+    if arguments is OTHERS and told:  # which is true
+        held = torch.load(keeps.best_model_path)["state_dict"]
+        first = score(Measured(), held)[monitor.partition("/")[0]]
+        assert abs(first - float(keeps.best_model_score)) > 1e-4
+
+
+def test_of_several_loaders_too(tmp_path, recwarn):
+    keeps = ModelCheckpoint(tmp_path, monitor="val_loss/ema_Constant_0.5/dataloader_idx_1")
+    this = trainer(EMACallback(**OTHERS), keeps, max_epochs=1, enable_checkpointing=True)
+
+    class Two(Regression):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            super().validation_step(batch, batch_idx)
+
+    this.fit(seeded(Two), loader(), [loader(1), loader(2)])
+    assert any("Monitor 'val_loss/dataloader_idx_1', and put" in str(warning.message) for warning in recwarn)

@@ -6,9 +6,11 @@ import pytest
 import torch
 from helpers import BATCHES, Regression, clones, ema, equal, fit, loader, seeded, trainer
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
 
 from lightning_ema import Constant, EMACallback
+
+EMA_KEY = "EMACallback{'name': 'ema'}"
 
 
 class Weights(Callback):
@@ -173,6 +175,35 @@ HOOKS = [
     "on_train_end",
     "on_fit_end",
 ]
+
+
+class Notes(Callback):
+    """What other callbacks have been told of each validation."""
+
+    def __init__(self):
+        self.scores = []
+
+    def on_validation_end(self, trainer, pl_module):
+        self.scores.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+def test_the_place_among_the_callbacks_does_not_matter(tmp_path):
+    def run(place):
+        notes, stops = Notes(), EarlyStopping("val_loss", min_delta=0.05, patience=1)
+        saves = ModelCheckpoint(tmp_path / str(place), monitor="val_loss", save_top_k=-1, filename="{epoch}")
+        callbacks = [notes, stops, saves]
+        callbacks.insert(place, ema())
+        fit(seeded(), *callbacks, max_epochs=8, enable_checkpointing=True)
+        files = {path.name: torch.load(path, weights_only=True) for path in (tmp_path / str(place)).iterdir()}
+        held = {name: (file["state_dict"], file["callbacks"][EMA_KEY]["live"]) for name, file in files.items()}
+        return notes.scores, float(saves.best_model_score), held
+
+    first, *others = (run(place) for place in range(4))
+    assert 2 <= len(first[2]) < 8  # early stopping has stopped by the average's score
+    for scores, best, files in others:
+        assert (scores, best, files.keys()) == (*first[:2], first[2].keys())
+        for name, (average, live) in files.items():
+            assert equal(average, first[2][name][0]) and equal(live, first[2][name][1])
 
 
 class SavesIn(Callback):
