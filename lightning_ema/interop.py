@@ -196,10 +196,16 @@ def as_checkpoint(found: Found, steps: int, name: str = "ema") -> dict[str, Any]
     return {**checkpoint, "state_dict": {**other, **found.weights}, "callbacks": callbacks}
 
 
-def describe(found: Found) -> str:
-    """What was found and why, and what a reader should know, line by line."""
+def describe(found: Found, steps: int | None = None) -> str:
+    """What was found and why, and what a reader should know, line by line.
+
+    Args:
+        found: what :func:`read` gave.
+        steps: those given to :func:`write`, which count instead of what the file says.
+    """
     floats = {str(t.dtype).removeprefix("torch.") for t in found.weights.values() if t.is_floating_point()}
     counted = "unknown to the file" if found.steps is None else f"{found.steps:,}"
+    counted = counted if steps is None else f"{steps:,}, from --steps ({counted}{' in it' if found.steps else ''})"
     updates = "" if found.updates is None else f", updates {found.updates:,}"
     lines = [
         f"{found.system}: {found.because}",

@@ -392,6 +392,39 @@ def test_an_import_without_live_weights_says_what_training_begins_with(tmp_path,
     assert (tmp_path / "a-average.ckpt").exists()
 
 
+def test_a_file_of_timm_goes_on_under_the_names_of_the_module(tmp_path, capsys):
+    def bare(values):
+        return {name.removeprefix("net."): tensor for name, tensor in values.items()}
+
+    torch.save({"state_dict": bare(LIVE), "state_dict_ema": bare(AVERAGE)}, tmp_path / "timm.pth.tar")
+    torch.save(Regression().state_dict(), tmp_path / "module.pt")
+    command = ["import", str(tmp_path / "timm.pth.tar"), "--as", "lightning", "--out", str(tmp_path / "timm.ckpt")]
+    assert main([*command, "--steps", "125000"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "average: 9 tensors, float32; steps 125,000, from --steps (unknown to the file)"
+    assert lines[3].startswith(
+        "names: 0.weight, ... as in the file. Where those of the LightningModule have more in front"
+    )
+    assert "such as net.0.weight, add --like FILE" in lines[3]
+    assert main([*command, "--steps", "125000", "--like", str(tmp_path / "module.pt")]) == 0
+    assert "--like" not in capsys.readouterr().out
+    callback = EMACallback(**recipes.timm_v3(decay=0.9998))
+    watch = Watch(callback)
+    fit(seeded(), callback, watch, ckpt_path=tmp_path / "timm.ckpt")
+    assert equal(watch.live, LIVE)
+    assert equal(watch.averaged, {name: tensor for name, tensor in AVERAGE.items() if tensor.is_floating_point()})
+    assert callback.average.num_steps == 125_012
+
+
+def test_steps_that_are_given_count_instead_of_the_files(tmp_path, capsys):
+    torch.save(lit_ema(), tmp_path / "a.pt")
+    assert main(["import", str(tmp_path / "a.pt"), "--as", "lightning", "--steps", "28"]) == 0
+    assert "; steps 28, from --steps (7 in it)" in capsys.readouterr().out
+    callback = ema()
+    fit(seeded(), callback, ckpt_path=tmp_path / "a-average.ckpt", max_steps=1)
+    assert callback.average.num_steps == 29
+
+
 # --- nothing is guessed -------------------------------------------------------------------------------------------
 
 
