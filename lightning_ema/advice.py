@@ -57,6 +57,11 @@ def other_settings(changed: Sequence[str]) -> str:
     return f"the checkpoint was written with other settings; those given now hold: {'; '.join(changed)}."
 
 
+def resumed(steps: int, updates: int) -> str:
+    """Said where a run is resumed from a file with an average."""
+    return f"goes on at step {steps:,}, {updates:,} updates."
+
+
 def adopted(steps: int, updates: int) -> str:
     """Said where a run is resumed from a file of Lightning's ``WeightAveraging``."""
     if updates == 0:

@@ -22,6 +22,7 @@ from lightning_ema.advice import (
     not_returned,
     nothing_chosen,
     other_settings,
+    resumed,
     save_needs_all,
     shared_among_others,
     steps_missed,
@@ -436,6 +437,7 @@ class EMACallback(Callback):
                 custody.switched = None  # it counts epochs, or other steps
             if changed := checkpoints.changes(entry, self._config()):
                 self._warn(other_settings(changed))
+            self._say(resumed(custody.average.num_steps, custody.average.num_updates))
         elif foreign is not None:
             custody.adopt(*foreign)
             self._say(adopted(custody.average.num_steps, custody.average.num_updates))

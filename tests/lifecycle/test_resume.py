@@ -152,6 +152,15 @@ def test_a_plain_checkpoint_is_gone_on_from(tmp_path, caplog):
     assert callback.average.num_updates == BATCHES
 
 
+def test_a_resume_says_where_the_average_goes_on(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        fit(seeded(), ema(start_step=2)).save_checkpoint(tmp_path / "x.ckpt")
+        assert not [text for text in caplog.messages if "goes on" in text]
+        fit(seeded(), ema(start_step=2), max_epochs=3, ckpt_path=tmp_path / "x.ckpt")
+    said = [text for text in caplog.messages if "goes on" in text]
+    assert said == [f"EMACallback 'ema': goes on at step {2 * BATCHES}, {2 * BATCHES - 2} updates."]
+
+
 def test_a_file_whose_average_has_another_name_is_refused(tmp_path):
     fit(seeded(), ema(name="slow")).save_checkpoint(tmp_path / "x.ckpt")
     with pytest.raises(
