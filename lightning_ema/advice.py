@@ -160,6 +160,6 @@ def chosen_last(metric: str, winner: str, place: int, delivered: bool) -> str:
     """Said after a fit in which one of several averages was chosen by a metric in each validation."""
     holders = "files saved from here on and the module" if delivered else "files saved from here on"
     return (
-        f"chosen last by {metric}: the decay {winner} (place {place}, from 0). Evaluations, {holders} have it; a "
-        "checkpoint saved before has the one that was chosen then."
+        f"chosen last by {metric}: the decay {winner} (place {place}, counted from 0). Evaluations, {holders} have it; "
+        "a checkpoint saved before has the one that was chosen then."
     )

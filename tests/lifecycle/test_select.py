@@ -83,9 +83,9 @@ def test_the_best_is_chosen_logged_saved_and_delivered(tmp_path, caplog):
     assert f"by val_loss the decay {NAMES[winners[-1]]} is chosen" in said[-1]
     at_the_end = [message for message in caplog.messages if "chosen last" in message]
     assert at_the_end == [
-        f"EMACallback 'ema': chosen last by val_loss: the decay {NAMES[winners[-1]]} (place {winners[-1]}, from 0). "
-        "Evaluations, files saved from here on and the module have it; a checkpoint saved before has the one that was "
-        "chosen then."
+        f"EMACallback 'ema': chosen last by val_loss: the decay {NAMES[winners[-1]]} (place {winners[-1]}, counted "
+        "from 0). Evaluations, files saved from here on and the module have it; a checkpoint saved before has the one "
+        "that was chosen then."
     ]
 
 
