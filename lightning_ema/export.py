@@ -100,7 +100,10 @@ def write_weights(weights: Mapping[str, Tensor], path: str | Path, metadata: dic
     if target.suffix == ".safetensors":
         from safetensors.torch import save_file
 
+        target.touch()
+        mode = target.stat().st_mode  # that of any new file, or of the one that is replaced
         save_file({key: value.contiguous().clone() for key, value in weights.items()}, target, metadata)
+        target.chmod(mode)  # save_file leaves it to its owner alone
     else:
         torch.save({key: value.clone() for key, value in weights.items()}, target)
     return target
