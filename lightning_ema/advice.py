@@ -151,7 +151,36 @@ def monitors_another(monitor: str, mode: str, suffix: str, plain: str, select: s
     )
 
 
-def chosen(metric: str, scores: Mapping[str, float], winner: str) -> str:
-    """Said when one of several averages has been chosen by a metric."""
+def chosen(metric: str, scores: Mapping[str, float], winner: str, schedules: Sequence[Schedule], step: int) -> str:
+    """Said when one of several averages has been chosen by a metric.
+
+    Args:
+        metric: its name.
+        scores: of all averages, by name.
+        winner: the name of the one that is chosen.
+        schedules: of all averages, in the order of ``scores``.
+        step: the last one, counted from the start of the averages.
+    """
     rest = ", ".join(f"{name} {score:.6g}" for name, score in scores.items() if name != winner)
-    return f"by {metric} the decay {winner} is chosen, with {scores[winner]:.6g} ({rest})."
+    by_name = dict(zip(scores, schedules, strict=True))
+    same = [n for n in scores if scores[n] == scores[winner] and _same_so_far(by_name[n], by_name[winner], step)]
+    one = (
+        f" So far {', '.join(same)} are one and the same average: their warm-up has come to a decay of "
+        f"{by_name[winner](step):.4g} only. Compare smaller decays, or Constant(...)."
+    )
+    return f"by {metric} the decay {winner} is chosen, with {scores[winner]:.6g} ({rest}).{one if same[1:] else ''}"
+
+
+def _same_so_far(first: Schedule, second: Schedule, step: int) -> bool:
+    """Whether two averages are the same because both are warmed up alike, and neither has come to its own decay."""
+    alike = isinstance(first, Warmup) and isinstance(second, Warmup) and first.offset == second.offset
+    return first == second or (alike and first(step) == second(step))
+
+
+def chosen_last(metric: str, winner: str, place: int, delivered: bool) -> str:
+    """Said after a fit in which one of several averages was chosen by a metric in each validation."""
+    holders = "files saved from here on and the module" if delivered else "files saved from here on"
+    return (
+        f"chosen last by {metric}: the decay {winner} (place {place}, counted from 0). Evaluations, {holders} have it; "
+        "a checkpoint saved before has the one that was chosen then."
+    )

@@ -17,6 +17,7 @@ from lightning_ema import distributed_checkpoint, second_pass, trainer_facts, tr
 from lightning_ema.advice import (
     adopted,
     chosen,
+    chosen_last,
     introduction,
     monitors_another,
     no_step_seen,
@@ -34,7 +35,7 @@ from lightning_ema.advice import (
 )
 from lightning_ema.average import WeightAverage
 from lightning_ema.checks import check_choice, check_count, check_flag
-from lightning_ema.choice import Mode, best_of, score_of
+from lightning_ema.choice import Mode, best_of, check_select, score_of
 from lightning_ema.custody import Batches, Custody
 from lightning_ema.evaluation_loop import Result
 from lightning_ema.module_hook import Hook, ModuleHook
@@ -154,7 +155,7 @@ class EMACallback(Callback):
         if select is None and (mode != "min" or evaluate_every != 1):
             raise ValueError("mode and evaluate_every belong to select: write select='val_loss', or leave them out.")
         if select is not None:
-            self._check_select(select, evaluate, others, buffers, switch_every)
+            check_select(select, len(self.settings.decays), evaluate, others, buffers, switch_every)
         if switch_every is not None and switch_every != "epoch":
             check_count(switch_every, "switch_every", at_least=1)
         if snapshots is not None and not isinstance(snapshots, Snapshots):
@@ -187,28 +188,6 @@ class EMACallback(Callback):
         self._scored: list[tuple[str, list[Result]]] = []
         self._could_choose = False
         self._overwritten = False
-
-    def _check_select(
-        self,
-        select: str,
-        evaluate: Evaluate,
-        others: Others,
-        buffers: Buffers,
-        switch_every: int | Literal["epoch"] | None,
-    ) -> None:
-        if not isinstance(select, str) or not select:
-            raise ValueError(f"select is {select!r}; it must be the name of a metric, such as 'val_loss'.")
-        if len(self.settings.decays) == 1:
-            raise ValueError(
-                f"select={select!r} needs several decays to choose from, for instance decay=[0.99, 0.999]."
-            )
-        for argument, value, refused in (("evaluate", evaluate, "live"), ("others", others, "evaluate")):
-            if value == refused:
-                raise ValueError(f"select={select!r} beside {argument}={refused!r}: leave {argument} out.")
-        if buffers == "recalibrate":
-            raise ValueError(f"select={select!r} beside buffers='recalibrate': write buffers='average'.")
-        if switch_every is not None:  # by which of the averages?
-            raise ValueError(f"select={select!r} beside switch_every={switch_every!r}: leave one of them out.")
 
     @property
     def state_key(self) -> str:
@@ -333,11 +312,11 @@ class EMACallback(Callback):
             self._say(steps_missed(missed))
         if waits := self._require().waits:
             self._say(waited(waits))
-        if self.select is not None and self._require().num_updates > 0 and self._held().choices == 0:
-            self._warn(nothing_chosen(self.select))
         if self._require().num_steps > 0 and not trainer_facts.is_trial(trainer):
             for average in self.averages:
                 self._say(average.report())
+        if self.select is not None and self._require().num_updates > 0:
+            self._say_choice(self.select)
         if self._snapshots is not None and self._require().started:
             write(self._snapshots, self.averages)
         if self._custody is not None:
@@ -595,7 +574,17 @@ class EMACallback(Callback):
             scores.append(score_of(metric, trainer_facts.agreed(trainer, logged)))
         custody.chosen = best_of(scores, self.mode, custody.chosen)
         labels = [label(average.settings.decay) for average in self.averages]
-        self._say(chosen(metric, dict(zip(labels, scores, strict=True)), labels[custody.chosen]))
+        average = custody.average
+        schedules, step = [each.schedule for each in self.averages], average.num_steps - average.start_step
+        self._say(chosen(metric, dict(zip(labels, scores, strict=True)), labels[custody.chosen], schedules, step))
+
+    def _say_choice(self, metric: str) -> None:
+        custody = self._held()
+        if custody.choices == 0:
+            self._warn(nothing_chosen(metric))
+        else:
+            winner = label(self.averages[custody.chosen].settings.decay)
+            self._say(chosen_last(metric, winner, custody.chosen, self.after_fit == "average"))
 
     def _further_passes(self) -> dict[str, int | None]:
         """What is evaluated beside the average: the suffix of its metrics and its place; None for the live weights."""

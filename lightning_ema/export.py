@@ -100,7 +100,10 @@ def write_weights(weights: Mapping[str, Tensor], path: str | Path, metadata: dic
     if target.suffix == ".safetensors":
         from safetensors.torch import save_file
 
+        target.touch()
+        mode = target.stat().st_mode  # that of any new file, or of the one that is replaced
         save_file({key: value.contiguous().clone() for key, value in weights.items()}, target, metadata)
+        target.chmod(mode)  # save_file leaves it to its owner alone
     else:
         torch.save({key: value.clone() for key, value in weights.items()}, target)
     return target
@@ -182,19 +185,40 @@ def _entry_lines(content: Mapping[str, Any], entry: Mapping[str, Any], lives: Ma
     ]
     if entry.get("recalibrated_at", -1) >= 0:
         lines.append(f"BatchNorm statistics estimated after update {entry['recalibrated_at']}")
-    if "decay" in entry:
-        lines.append(f"decay in force: {entry['decay']:.6g}, a horizon of {horizon(entry['decay']):,.0f} steps")
-    if entry.get("chosen"):
-        lines.append(f"state_dict holds the average of place {entry['chosen']}, chosen by a metric")
-    if entry.get("others"):
-        lines.append(f"further averages stored here: {len(entry['others'])} ({_size(*entry['others'])})")
-    averages = {without_wrappers(k): v for k, v in averaged_state_dict(content, entry).items()}
-    averages |= {} if entry.get("origin") else dict(stored)
-    known = [name for name in names if name in lives and name in averages]
+    if not entry.get("others"):
+        return [*lines, *_told_of(content, entry, lives, 0)]
+    lines.append(f"further averages stored here: {len(entry['others'])} ({_size(*entry['others'])})")
+    for place in range(1 + len(entry["others"])):
+        told = [*_schedule_of(entry, place), *_told_of(content, entry, lives, place)]
+        if live and place == entry.get("chosen", 0):
+            told.append(f"in state_dict{', chosen by a metric' if entry.get('choices') else ''}")
+        lines.append(f"place {place}: {'; '.join(told) or 'not started'}")
+    return lines
+
+
+def _schedule_of(entry: Mapping[str, Any], place: int) -> list[str]:
+    """The schedule of one of an entry's averages, where it was updated and the file says under which."""
+    histories = entry.get("histories")
+    stretches = histories[place]["stretches"] if histories else []
+    with suppress(ValueError):  # a schedule of the user's own, which is shown as it is spelled
+        return [repr(read_schedule(stretch["decay"])) for stretch in stretches[-1:]]
+    return [stretches[-1]["decay"]]
+
+
+def _told_of(
+    content: Mapping[str, Any], entry: Mapping[str, Any], lives: Mapping[str, Tensor], place: int
+) -> list[str]:
+    """Decay, horizon and distance of one of an entry's averages, as far as they are known."""
+    decay, told = decay_in_force(entry, place), []
+    if decay is not None:
+        told.append(f"decay in force: {decay:.6g}, a horizon of {horizon(decay):,.0f} steps")
+    averages = {without_wrappers(k): v for k, v in averaged_state_dict(content, entry, place).items()}
+    averages |= {} if entry.get("origin") else dict([entry["average"], *entry.get("others", ())][place])
+    known = [name for name in entry["names"] if name in lives and name in averages]
     if known and entry["started"]:
         distance = relative_distance([averages[n].float() for n in known], [lives[n].float() for n in known])
-        lines.append(f"distance between live weights and average: {distance:.4g} of the live weights' norm")
-    return lines
+        told.append(f"distance between live weights and average: {distance:.4g} of the live weights' norm")
+    return told
 
 
 def _size(*sets: Mapping[str, Tensor]) -> str:

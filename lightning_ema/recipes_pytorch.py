@@ -260,7 +260,8 @@ def lightning_ema_weight_averaging(
 
     It updates at the steps ``n`` where ``n - 1`` is a multiple of ``update_every_n_steps`` and not below
     ``update_starting_at_step``. Its ``update_starting_at_epoch`` does not delay these updates: it adds others at the
-    ends of epochs. It has no counterpart; what is usually meant is ``start_epoch`` of EMACallback.
+    ends of epochs. It has no counterpart; what is usually meant is ``start_epoch`` of EMACallback. It averages integer
+    buffers too, so that its files hold a ``num_batches_tracked`` that lags behind; here that is the live count.
 
     Args:
         use_buffers: floating-point buffers are averaged too; otherwise they are the live ones.

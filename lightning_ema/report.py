@@ -181,7 +181,7 @@ def gap(facts: Facts) -> str:
         return f"{apart}, which says little while the start weighs so much."
     if facts.distance <= SMALL_DISTANCE:
         return f"{apart}: so near that hardly any gain is to be expected."
-    return f"{apart}: far enough for a gain, which only scoring both can tell."
+    return f"{apart}: far enough for a gain, which only scoring both can tell (with EMACallback: evaluate='both')."
 
 
 def _many(count: int, what: str) -> str:

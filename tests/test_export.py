@@ -1,3 +1,5 @@
+import os
+import stat
 import subprocess
 import sys
 
@@ -35,6 +37,20 @@ def test_safetensors_hold_the_averaged_model_and_say_where_it_is_from(run, tmp_p
             "decay_in_force": "0.590909",  # (1 + 12) / (10 + 12)
             "horizon": "2.44444",  # 22 / 9
         }
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a file's mode there says only whether it can be written to")
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_file_has_the_mode_of_any_new_one_or_keeps_its_own(run, tmp_path, suffix):
+    before = os.umask(0o027)
+    try:
+        path = export_average(run[0] / "full.ckpt", tmp_path / f"out{suffix}")
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640
+        path.chmod(0o664)
+        export_average(run[0] / "full.ckpt", path)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o664
+    finally:
+        os.umask(before)
 
 
 def test_each_of_several_averages_names_its_own_decay_and_horizon(tmp_path):

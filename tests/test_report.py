@@ -66,7 +66,7 @@ class TestSentences:
     def test_a_run_without_anything_to_complain_of(self):
         assert report(FACTS) == (
             "2,000 steps, 2,000 updates with Warmup(0.99). The decay ends at 0.99, a horizon of 100 steps; what is "
-            f"averaged is 99 steps old on average. {GAIN}can tell."
+            f"averaged is 99 steps old on average. {GAIN}can tell (with EMACallback: evaluate='both')."
         )
 
     def test_counts(self):

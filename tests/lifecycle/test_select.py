@@ -11,8 +11,10 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_ema import Constant, export_average
+from lightning_ema import Constant, Warmup, export_average
+from lightning_ema.advice import chosen
 from lightning_ema.choice import best_of
+from lightning_ema.export import describe
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 NAMES = ["Constant_0.2", "Constant_0.8"]
@@ -79,6 +81,79 @@ def test_the_best_is_chosen_logged_saved_and_delivered(tmp_path, caplog):
     said = [record.message for record in caplog.records if "is chosen" in record.message]
     assert len(said) == len(winners)
     assert f"by val_loss the decay {NAMES[winners[-1]]} is chosen" in said[-1]
+    at_the_end = [message for message in caplog.messages if "chosen last" in message]
+    assert at_the_end == [
+        f"EMACallback 'ema': chosen last by val_loss: the decay {NAMES[winners[-1]]} (place {winners[-1]}, counted "
+        "from 0). Evaluations, files saved from here on and the module have it; a checkpoint saved before has the one "
+        "that was chosen then."
+    ]
+
+
+def test_inspecting_has_a_line_for_each_average_and_says_which_is_in_state_dict(tmp_path):
+    this, _, judge = judged(selecting(select="score"), epochs=1)  # the smallest score is the worst
+    this.save_checkpoint(tmp_path / "file.ckpt")
+    live = torch.load(tmp_path / "file.ckpt", weights_only=True)["callbacks"]["EMACallback{'name': 'ema'}"]["live"]
+    lines = [line.strip() for line in describe(tmp_path / "file.ckpt").splitlines()]
+    places = [line for line in lines if line.startswith("place ")]
+    for place, (name, horizon, average) in enumerate(zip((0.2, 0.8), (1, 5), judge.weights[-1], strict=True)):
+        apart = torch.cat([(live[n] - average[n]).flatten() for n in live]).norm()
+        distance = apart / torch.cat([value.flatten() for value in live.values()]).norm()
+        expected = (
+            f"place {place}: Constant({name}); decay in force: {name}, a horizon of {horizon} steps; distance between "
+            f"live weights and average: {distance:.4g} of the live weights' norm"
+        )
+        assert places[place] == expected + ("; in state_dict, chosen by a metric" if place == 1 else "")
+    assert len([line for line in lines if "distance" in line]) == 2
+
+
+@pytest.mark.parametrize(("settings", "marked"), [({}, [True, False]), ({"evaluate": "live"}, [False, False])])
+def test_inspecting_several_that_no_metric_chooses_among(settings, marked, tmp_path):
+    callback = EMACallback([0.2, Constant(0.8)], start_step=3, **settings)
+    fit(seeded(), callback).save_checkpoint(tmp_path / "file.ckpt")
+    places = [line.strip() for line in describe(tmp_path / "file.ckpt").splitlines() if "place" in line]
+    assert ["in state_dict" in line for line in places] == marked
+    assert "place 0: Warmup(0.2); decay in force: 0.2, a horizon of 1 steps; distance" in places[0]
+    late = EMACallback([0.2, 0.8], start_step=99, **settings)
+    fit(seeded(), late).save_checkpoint(tmp_path / "file.ckpt")
+    places = [line.strip() for line in describe(tmp_path / "file.ckpt").splitlines() if "place" in line]
+    assert places == ["place 0: decay in force: 0.181818, a horizon of 1 steps", "place 1: not started"]
+
+
+def test_averages_that_the_warm_up_still_makes_the_same_are_said_to_be_it(caplog):
+    callback = EMACallback([0.99, 0.999], select="val_loss")
+    with caplog.at_level(logging.INFO):
+        fit(seeded(), callback, max_epochs=1)
+    assert equal(*(average.named_tensors() for average in callback.averages))
+    (said,) = [message for message in caplog.messages if "is chosen" in message]
+    assert "by val_loss the decay 0.99 is chosen" in said
+    assert said.endswith(  # (1 + 6) / (10 + 6)
+        "So far 0.99, 0.999 are one and the same average: their warm-up has come to a decay of 0.4375 only. Compare "
+        "smaller decays, or Constant(...)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("schedules", "step", "same"),
+    [
+        ([Warmup(0.9), Warmup(0.99)], 79, True),  # 80 / 89 is below 0.9, 82 / 91 above
+        ([Warmup(0.9), Warmup(0.99)], 81, False),
+        ([Warmup(0.9), Warmup(0.99, offset=20)], 5, False),
+        ([Constant(0.9), Warmup(0.9)], 500, False),  # their scores may be equal, as those of accuracy often are
+        ([Constant(0.9), Constant(0.99)], 5, False),
+    ],
+)
+def test_only_warm_ups_that_are_still_rising_make_one_average_of_two(schedules, step, same):
+    told = chosen("acc", {"a": 0.5, "b": 0.5, "c": 0.25}, "b", [*schedules, Constant(0.5)], step)
+    assert told.startswith("by acc the decay b is chosen, with 0.5 (a 0.5, c 0.25).")
+    assert ("So far a, b are one and the same average" in told) is same
+    other = chosen("acc", {"a": 0.4, "b": 0.5, "c": 0.25}, "b", [*schedules, Constant(0.5)], step)
+    assert "So far" not in other
+
+
+def test_live_weights_after_fit_are_not_said_to_be_chosen(caplog):
+    with caplog.at_level(logging.INFO):
+        judged(selecting(after_fit="live"), epochs=1)
+    assert "Evaluations, files saved from here on have it; a checkpoint" in caplog.text
 
 
 def test_the_largest_is_the_best_where_that_is_asked_for():
