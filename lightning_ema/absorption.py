@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lightning_ema.fused import lerp_of
 from lightning_ema.kernels import Lerp
-from lightning_ema.loan import Pair
 from lightning_ema.offload import Offload, Update
+from lightning_ema.pair import Pair
 from lightning_ema.shards import local
 from lightning_ema.side_stream import SideStream, has_streams
 
@@ -53,6 +53,7 @@ class Absorption:
         self._streams: dict[torch.device, SideStream] = {}
         self._pairs: list[Pair] = []
         self._groups: list[Group] = []
+        self._offloaded: list[Group] = []
         self._lerps: dict[int, Lerp] = {}  # of the groups, by where their stretch begins
 
     @property
@@ -76,6 +77,7 @@ class Absorption:
             averages = [list(each) for each in zip(*([local(a) for a in pair.averages] for pair in alike), strict=True)]
             self._groups.append(Group(averages, slice(start, start + len(alike)), kind[-1]))
             start += len(alike)
+        self._offloaded = [group for group in self._groups if group.where == "thread"]
 
     def _kind(self, pair: Pair) -> tuple[torch.dtype, torch.device, torch.dtype, torch.device, Where]:
         live, average = pair.live, pair.averages[0] if pair.averages else pair.live
@@ -94,9 +96,8 @@ class Absorption:
             elif group.where == "stream":
                 stream = self._stream(lives[group.stretch.start].device)
                 stream.submit(partial(self._absorb_here, group, lives, rates))
-        offloaded = [group for group in self._groups if group.where == "thread"]
-        if offloaded:
-            self._offload.submit([Update(g.averages, self._as_now(lives, g.stretch), rates) for g in offloaded])
+        if self._offloaded:
+            self._offload.submit([Update(g.averages, self._as_now(lives, g.stretch), rates) for g in self._offloaded])
 
     def finish(self) -> None:
         """What comes now finds the update under way made."""

@@ -57,6 +57,21 @@ def other_settings(changed: Sequence[str]) -> str:
     return f"the checkpoint was written with other settings; those given now hold: {'; '.join(changed)}."
 
 
+def resumed(steps: int, updates: int) -> str:
+    """Said where a run is resumed from a file with an average."""
+    return f"goes on at step {steps:,}, {updates:,} updates."
+
+
+def adopted(steps: int, updates: int) -> str:
+    """Said where a run is resumed from a file of Lightning's ``WeightAveraging``."""
+    if updates == 0:
+        return (
+            "the file of Lightning's WeightAveraging is from before its first update; the average starts from its live "
+            "weights."
+        )
+    return f"goes on at step {steps:,}, {updates:,} updates, with the average of Lightning's WeightAveraging."
+
+
 def no_step_seen(global_step: int) -> str:
     """A warning where the trainer counted steps and the average none."""
     return (

@@ -16,7 +16,8 @@ from lightning_ema.checks import check_flag
 from lightning_ema.course import Course
 from lightning_ema.history import History
 from lightning_ema.kernels import corrected, ratio, sampled_norms, squared_norms
-from lightning_ema.loan import Loan, Pair, missing
+from lightning_ema.loan import Loan, missing
+from lightning_ema.pair import Pair
 from lightning_ema.profiles import Ages, Timeline, ages
 from lightning_ema.report import Facts, report
 from lightning_ema.schedules import Plan, Schedule

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_ema import checkpoint as checkpoints
 from lightning_ema import distributed_checkpoint, second_pass, trainer_facts, training_batches
 from lightning_ema.advice import (
+    adopted,
     chosen,
     introduction,
     monitors_another,
@@ -22,6 +23,7 @@ from lightning_ema.advice import (
     not_returned,
     nothing_chosen,
     other_settings,
+    resumed,
     save_needs_all,
     shared_among_others,
     steps_missed,
@@ -442,9 +444,10 @@ class EMACallback(Callback):
                 custody.switched = None  # it counts epochs, or other steps
             if changed := checkpoints.changes(entry, self._config()):
                 self._warn(other_settings(changed))
+            self._say(resumed(custody.average.num_steps, custody.average.num_updates))
         elif foreign is not None:
             custody.adopt(*foreign)
-            self._say("goes on from the average of Lightning's WeightAveraging.")
+            self._say(adopted(custody.average.num_steps, custody.average.num_updates))
         self._take_up(pl_module, custody)
 
     def _around_modules_save(self, pl_module: LightningModule, checkpoint: dict[str, Any], own: Hook) -> None:

@@ -72,10 +72,16 @@ def unpack(entry: dict[str, Any], model: Mapping[str, Tensor]) -> tuple[dict[str
     return {**entry, "average": average}, live
 
 
+_WHERE = ("device", "overlap")  # settings that change where an update is made, and nothing about the average
+
+
 def changes(entry: dict[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """What differs between the settings in a file and those in force, a line each; 1 and 1.0 do not differ."""
+    """What differs between the settings in a file and those in force, and matters to the average: a line each.
+
+    Numbers are alike that Python and YAML write differently, 1 and 1.0.
+    """
     then = entry["config"]
-    both = [(key, then.get(key, now), now) for key, now in config.items()]
+    both = [(key, then.get(key, now), now) for key, now in config.items() if key not in _WHERE]
     differing = [each for each in both if as_whole(str(each[1])) != as_whole(str(each[2]))]
     return [f"{key}: {was} in the file, {now} now" for key, was, now in differing]
 

@@ -245,12 +245,16 @@ class Custody:
         write(live, self.average.module)
 
     def adopt(self, steps: int, updates: int, live: dict[str, Any]) -> None:
-        """Takes up an average of Lightning's ``WeightAveraging`` in the same way."""
-        counters = {"num_steps": steps, "num_updates": updates, "last_update_step": steps}
-        loaded = dict(self.average.named_live())  # the file's average
-        averages = {"average": loaded, "others": [loaded for _ in self.average.averages[1:]], "origin": loaded}
-        self.average.load_state_dict({**self.average.state_dict(), **counters, **averages})
+        """Takes up an average of Lightning's ``WeightAveraging`` in the same way; one without an update is none yet."""
+        if updates > 0:
+            counters = {"num_steps": steps, "num_updates": updates, "last_update_step": steps}
+            began = {"started": True, "start_step": 0}  # also where this callback's own start would come later
+            loaded = dict(self.average.named_live())  # the file's average
+            averages = {"average": loaded, "others": [loaded for _ in self.average.averages[1:]], "origin": loaded}
+            self.average.load_state_dict({**self.average.state_dict(), **counters, **began, **averages})
         self.average.module.load_state_dict(live, strict=False)
+        if updates == 0 and self.average.started:
+            self.average.start()
 
 
 def write(values: Mapping[str, Tensor], module: nn.Module) -> None:

@@ -56,7 +56,7 @@ def export_average(
     if not 0 <= which <= len(entry.get("others", ())):
         raise ValueError(
             f"which is {which}; the checkpoint holds {1 + len(entry.get('others', ()))} averages under {name!r}, of "
-            f"decay={entry['config']['decay']}, and the first is 0."
+            f"decay={entry['config'].get('decay')}, and the first is 0."
         )
     if which > 0 and "recalibrated" in entry and entry["recalibrated"][which - 1]["at"] < 0:
         raise ValueError(
@@ -70,7 +70,8 @@ def export_average(
 def _metadata(entry: Mapping[str, Any], which: int) -> dict[str, str]:
     """Counters, the schedule as it was given, and its decay and horizon at the last step, where these are known."""
     told = {"steps": str(entry["num_steps"]), "updates": str(entry["num_updates"])}
-    told |= {"decay": str(entry["config"]["decay"])} | ({"which": str(which)} if entry.get("others") else {})
+    told |= {"decay": str(entry["config"]["decay"])} if "decay" in entry["config"] else {}  # an import may not know
+    told |= {"which": str(which)} if entry.get("others") else {}
     decay = decay_in_force(entry, which)
     return told if decay is None else told | {"decay_in_force": f"{decay:.6g}", "horizon": f"{horizon(decay):.6g}"}
 

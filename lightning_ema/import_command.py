@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any, get_args
 
+from lightning_ema.found import Found
 from lightning_ema.interop import READERS, Form, describe, read, write
 
 
@@ -28,7 +29,9 @@ def add_to(commands: Any) -> None:
         help="a state_dict or checkpoint of the model, for its names, their order and what is not averaged",
     )
     command.add_argument("--live", metavar="FILE", help="a state_dict or checkpoint with the live weights")
-    command.add_argument("--steps", type=int, help="that the average has seen, where the file does not say")
+    command.add_argument(
+        "--steps", type=int, help="that the average has seen, where the file does not say: epochs * updates per epoch"
+    )
     command.add_argument("--system", choices=READERS, help="which system wrote it, where the file fits several")
     command.add_argument("--name", default="ema", help="of the EMACallback that is to resume (default: ema)")
     command.add_argument("--allow-code", action="store_true", help="let the files run code while they are read")
@@ -46,5 +49,16 @@ def run(given: argparse.Namespace) -> str:
         raise ValueError(f"{target.parent} is no folder. Make it, or give another file with --out.")
     found = read(given.file, like=given.like, live=given.live, system=given.system, allow_code=given.allow_code)
     path = write(found, target, given.form, steps=given.steps, name=given.name)
-    alone = ["training goes on from the average"] if given.form == "lightning" and not found.live else []
-    return "\n".join([describe(found), *alone, str(path)])
+    resumes = given.form == "lightning"
+    alone = ["training goes on from the average"] if resumes and not found.live else []
+    named = [_names_as_they_are(found)] if resumes and given.like is None and not found.checkpoint else []
+    return "\n".join([describe(found, given.steps), *alone, *named, str(path)])
+
+
+def _names_as_they_are(found: Found) -> str:
+    """A remark on a file whose names may be those of a network inside the LightningModule."""
+    first = next(iter(found.weights))
+    return (
+        f"names: {first}, ... as in the file. Where those of the LightningModule have more in front, such as "
+        f"net.{first}, add --like FILE, any checkpoint or state_dict of it"
+    )

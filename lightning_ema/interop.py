@@ -181,13 +181,14 @@ def as_checkpoint(found: Found, steps: int, name: str = "ema") -> dict[str, Any]
         "last_update_step": steps,
         "start_step": 0,
         "started": True,
-        "config": {"decay": found.decay or f"that of {found.system}"},
+        "config": {"decay": found.decay} if found.decay else {},
         "average": averaged,
         "others": [],
     }
     live = {without_wrappers(name): found.live[name] for name in differing}
     model = averaged | {without_wrappers(name): tensor for name, tensor in found.live.items()}
     entry = pack(state, live, model, in_state_dict=True)
+    entry["steps_before"] = 0 if "global_step" in found.checkpoint else steps  # whether the trainer counts them, too
     begun = {"epoch": 0, "global_step": 0, "optimizer_states": [], "lr_schedulers": [], "callbacks": {}}
     checkpoint = {"pytorch-lightning_version": _lightning_version(), **begun, **found.checkpoint}
     callbacks = {**checkpoint["callbacks"], state_key(name): entry}
@@ -195,10 +196,16 @@ def as_checkpoint(found: Found, steps: int, name: str = "ema") -> dict[str, Any]
     return {**checkpoint, "state_dict": {**other, **found.weights}, "callbacks": callbacks}
 
 
-def describe(found: Found) -> str:
-    """What was found and why, and what a reader should know, line by line."""
+def describe(found: Found, steps: int | None = None) -> str:
+    """What was found and why, and what a reader should know, line by line.
+
+    Args:
+        found: what :func:`read` gave.
+        steps: those given to :func:`write`, which count instead of what the file says.
+    """
     floats = {str(t.dtype).removeprefix("torch.") for t in found.weights.values() if t.is_floating_point()}
     counted = "unknown to the file" if found.steps is None else f"{found.steps:,}"
+    counted = counted if steps is None else f"{steps:,}, from --steps ({counted}{' in it' if found.steps else ''})"
     updates = "" if found.updates is None else f", updates {found.updates:,}"
     lines = [
         f"{found.system}: {found.because}",

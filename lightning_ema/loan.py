@@ -1,4 +1,4 @@
-"""A live tensor beside its average, and the loan of the averages to the module. Knows torch, not Lightning."""
+"""The loan of averages to the module, and the way back. Knows torch, not Lightning."""
 
 from __future__ import annotations
 
@@ -11,77 +11,11 @@ import torch
 from torch import Tensor
 
 from lightning_ema.kernels import exchange_
+from lightning_ema.pair import Pair
 from lightning_ema.selection import Candidate, without_wrappers
-from lightning_ema.shards import Groups, empty_like, groups_of, is_sharded, local, version, write
-from lightning_ema.shares import Reconcile, Share, everyone, reconcile_
-
-
-@dataclass(eq=False)
-class Pair:
-    """A tensor of the module and its averages.
-
-    Attributes:
-        candidate: the tensor, its names and where it hangs.
-        averages: one for each decay, of the same shape and strides; empty until the average has started. Where they are
-            shared, the elements that this process keeps.
-        origin: the live tensor as it was at the start, where a schedule corrects for it.
-        share: what each process keeps of the averages, where they are shared among several.
-        exclusive: whether the live tensor's storage is its own and may be exchanged for the average's.
-        crossed: whether it shares part of its memory with another tensor of the module.
-    """
-
-    candidate: Candidate
-    averages: list[Tensor]
-    origin: Tensor | None = None
-    share: Share | None = None
-    exclusive: bool = True
-    crossed: bool = False
-
-    def __post_init__(self) -> None:
-        self.name = self.candidate.name
-        self.shape = self.live.shape
-        """That of the live tensor when it was paired."""
-
-    @property
-    def live(self) -> Tensor:
-        """The tensor itself: a Parameter or buffer that keeps its identity when it is moved, cast or lent."""
-        return self.candidate.tensor
-
-    @property
-    def stored(self) -> list[Tensor]:
-        """Everything that is kept beside the live tensor."""
-        return self.averages if self.origin is None else [*self.averages, self.origin]
-
-    @property
-    def groups(self) -> Groups:
-        """The processes among which the averages are cut."""
-        return groups_of(self.live) if self.share is None else everyone()
-
-    def copy(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A copy of what this process keeps of the live tensor."""
-        with torch.inference_mode(False), torch.no_grad():  # else one made in a validation could not be trained on
-            like = self.live if self.share is None else self.part(self.live)
-            return empty_like(like, dtype, device).copy_(like)
-
-    def part(self, tensor: Tensor) -> Tensor:
-        """The elements of the live tensor, or of one like it, that ``averages`` lie beside: a view."""
-        return local(tensor) if self.share is None else self.share.of(tensor.detach(), self.live.detach())
-
-    def beside(self, tensor: Tensor) -> Tensor:
-        """The live tensor, or one like it, as it lies beside ``averages``: sharded like them, or a part."""
-        return tensor if self.share is None else self.part(tensor)
-
-    def write(self, stored: Tensor, value: Tensor) -> None:
-        """Copies a whole value of the live tensor's shape into one of those that are ``stored``."""
-        if self.share is None:
-            write(stored, value)
-        else:
-            stored.copy_(self.share.of(value, self.live.detach()))
-
-    def whole(self, part: Tensor) -> Tensor:
-        """A tensor from what all processes keep of it, which must all call this; itself where it is not shared."""
-        return part if self.share is None else self.share.whole(part, self.live.detach())
-
+from lightning_ema.shards import is_sharded, local, version
+from lightning_ema.shares import Reconcile, reconcile_
+from lightning_ema.storages import Storages
 
 # How a tensor was lent, which says how it comes back:
 #   storage   the live storage is set aside, the tensor carries another one      -> set the live storage again
@@ -121,13 +55,18 @@ class Loan:
         settle: Callable[[], None],
         reconcile: Reconcile | None,
     ) -> None:
-        self._lent: dict[str, _Lent] = {}
+        self._storages: Storages | None = None
+        self._lent: dict[str, _Lent] = {}  # the rest: what is not plain
         self._settle = settle
         self.active = True
         torch.clear_autocast_cache()  # else an autocast region open across the loan goes on with casts of live weights
         try:
             with torch.inference_mode(False), torch.no_grad():
                 stored = list(averages)
+                if not copy and not in_place:
+                    self._storages = Storages([each for each in stored if each[0].plain])
+                    self._storages.lend()
+                    stored = [each for each in stored if not each[0].plain]
                 # where memory is shared in part, all live values are taken before any of it is written to
                 kept = {pair.name: pair.live.data.clone() for pair, _ in stored if pair.crossed}
                 for pair, average in stored:
@@ -162,6 +101,8 @@ class Loan:
         torch.clear_autocast_cache()
         self._settle()
         with torch.inference_mode(False), torch.no_grad():
+            if self._storages is not None:
+                self._storages.put_down()
             for lent in reversed(self._lent.values()):
                 _put_down(lent)
         try:
@@ -170,6 +111,8 @@ class Loan:
             torch.clear_autocast_cache()
             self._settle()
             with torch.inference_mode(False), torch.no_grad():
+                if self._storages is not None:
+                    self._storages.take_up()
                 for lent in self._lent.values():
                     _take_up(lent)
 
@@ -182,12 +125,16 @@ class Loan:
                 while self._lent:  # one by one, so that one interrupted by Ctrl-C can be taken up again
                     _return(next(reversed(self._lent.values())))  # last lent first: storages may overlap
                     self._lent.popitem()
+                if self._storages is not None:
+                    self._storages.recall()
+                    self._storages = None
             self.active = False
 
     def written(self) -> list[str]:
         """The names of the parameters that were replaced, or written to, since they were lent."""
         self._settle()
-        return [
+        plain = [] if self._storages is None else self._storages.written()
+        return plain + [
             name
             for name, lent in self._lent.items()
             if lent.watched and (_replaced(lent.pair.candidate) or version(lent.pair.live) != lent.version)
@@ -195,6 +142,8 @@ class Loan:
 
     def average_of(self, pair: Pair) -> Tensor | None:
         """Where the average is to be found that was lent; None where none was."""
+        if self._storages is not None and pair.name in self._storages:
+            return self._storages.average_of(pair.name)
         lent = self._lent.get(pair.name)
         if lent is None:
             return None
@@ -202,6 +151,8 @@ class Loan:
 
     def live_of(self, pair: Pair) -> Tensor:
         """Where the live tensor is to be found during the loan."""
+        if self._storages is not None and pair.name in self._storages:
+            return self._storages.live_of(pair.name)
         lent = self._lent.get(pair.name)
         return lent.live if lent is not None else pair.live.detach()
 

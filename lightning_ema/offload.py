@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from lightning_ema.before_step import call_before_step
 from lightning_ema.kernels import CHUNK, lerp_alike_, lerp_cast_
 from lightning_ema.portions import portions, shaped
 
@@ -54,7 +54,7 @@ class Offload:
         self._wait()
         ready = [_now(update.lives[0].device) for update in updates]  # behind what the optimizer has put on the queue
         self._thread = threading.Thread(target=self._run, args=(updates, ready), daemon=True)
-        self._hook = register_optimizer_step_pre_hook(self._before_step)
+        self._hook = call_before_step(self._wait)
         self._thread.start()
 
     def finish(self) -> None:
@@ -76,9 +76,6 @@ class Offload:
     def _wait(self) -> None:
         self.waits += self._thread is not None and self._thread.is_alive()
         self.finish()
-
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self._wait()
 
     def _run(self, updates: Sequence[Update], ready: Sequence[Any]) -> None:
         try:

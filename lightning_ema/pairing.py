@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ema.absorption import Absorption
-from lightning_ema.loan import Pair
+from lightning_ema.pair import Pair
 from lightning_ema.selection import Candidate, Survey, check_patterns, joins, owns_storage
 from lightning_ema.settings import Settings
 from lightning_ema.shards import Groups, is_sharded, local, same_cut
@@ -43,7 +43,7 @@ class Pairing:
         self._pairs: dict[str, Pair] = {}
         self._admitted: set[str] = set()
         self._unbounded: set[str] = set()
-        self._trusted = False
+        self._seen_through = False
         self._refresh()
         check_patterns(self._survey, settings.include, settings.exclude)
         if not any(not pair.candidate.is_buffer for pair in self._pairs.values()) and not self._waiting_lazy():
@@ -103,19 +103,14 @@ class Pairing:
         if self._into is not None:
             self._into.settle()  # its next forward pass would go on with copies from before the update
 
-    def refresh_if_stale(self, trust_structure_once: bool = False) -> None:
-        """Pairs again if a tensor was unfrozen, added, replaced, moved or cast since the last time.
-
-        Args:
-            trust_structure_once: spares the next call the walk over the submodules, unless that says the same: then
-                no step has followed on this call, and the module may have changed before the next one.
-        """
-        trusted, self._trusted = self._trusted and not trust_structure_once, trust_structure_once
+    def refresh_if_stale(self) -> None:
+        """Pairs again if a tensor was unfrozen, added, replaced, moved or cast since the last time."""
         if self._reshards:  # asked at every step
             self.settle()
-        if not trusted and (not self._survey.holds() or self._someone_joins()):
+        if not self._seen_through and (not self._survey.holds() or self._someone_joins()):
             self._refresh()
             return
+        self._seen_through = False
         for live, shard, pointer in self._shards:
             if local(live) is not shard or shard.data_ptr() != pointer:
                 self._refresh()
@@ -125,6 +120,12 @@ class Pairing:
                 if not self._adopt():
                     self._refresh()
                 return
+
+    def see_through(self) -> None:
+        """Pairs again if a tensor was unfrozen or added; the next call of :meth:`refresh_if_stale` trusts in that."""
+        if not self._survey.holds() or self._someone_joins():
+            self._refresh()
+        self._seen_through = True
 
     def admit(self) -> None:
         """Pairs again if a tensor was unfrozen since the last time. Costs nothing where none is frozen."""
@@ -321,6 +322,7 @@ class Pairing:
             unshared = holders[_storage(pair.candidate)] == 1 and not pair.candidate.aliases
             pair.exclusive = unshared and owns_storage(pair.live)
             pair.crossed = id(pair.candidate) in crossed
+            pair.plain = _is_plain(pair)
         self._absorption.arrange(self._absorbed if self.started else [])
 
     def _expect(self) -> None:
@@ -384,3 +386,11 @@ def _crossed(candidates: list[Candidate]) -> set[int]:
             if first <= last:
                 found |= {id(one), id(other)}
     return found
+
+
+def _is_plain(pair: Pair) -> bool:
+    candidate = pair.candidate
+    if candidate.is_buffer or candidate.rewritten or len(candidate.slots) > 1:
+        return False
+    alike = all((a.dtype, a.device) == (pair.live.dtype, pair.live.device) for a in pair.averages)
+    return alike and pair.exclusive and not pair.crossed and pair.share is None

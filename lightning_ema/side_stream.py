@@ -7,16 +7,17 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
+
+from lightning_ema.before_step import call_before_step
 
 
 class SideStream:
     """Puts updates on a stream of its own: behind the optimizer step before them, ahead of the next one.
 
     The stream waits for all that the training's stream holds when an update is submitted, and the training's stream
-    waits for the update when an optimizer of torch is about to step. The host waits for neither. Until then nothing may
-    write to the live weights, so that what a forward pass writes to (buffers) is not to be submitted.
+    waits for the update when an optimizer of torch is about to change parameters. The host waits for neither. Until
+    then nothing may write to the live weights, so that what a forward pass writes to (buffers) is not to be submitted.
 
     Args:
         device: on which the weights and their averages lie.
@@ -41,7 +42,7 @@ class SideStream:
                 update()
         finally:  # also a part of an update is waited for
             self._done = self._stream.record_event()
-            self._hook = register_optimizer_step_pre_hook(self._before_step)
+            self._hook = call_before_step(self.finish)
 
     def finish(self) -> None:
         """All that the training's stream is given from now on comes behind the update under way, if there is one."""
@@ -51,9 +52,6 @@ class SideStream:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
-
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self.finish()
 
 
 def has_streams(device: torch.device) -> bool:

@@ -62,6 +62,12 @@ def test_what_changed_in_the_settings():
     ]
 
 
+def test_where_the_average_lies_does_not_change_it():
+    entry = {**STATE, "config": {"device": "cpu", "overlap": False, "buffers": "copy"}}
+    now = {"device": "None", "overlap": True, "buffers": "average"}
+    assert changes(entry, now) == ["buffers: copy in the file, average now"]
+
+
 def test_a_setting_from_python_is_the_one_from_yaml():
     entry = {"config": {"decay": "[HalfLife(epochs=1.0), Ramp(0.99, 10.0)]", "every_n_steps": 1}}
     assert changes(entry, {"decay": "[HalfLife(epochs=1), Ramp(0.99, 10)]", "every_n_steps": 1}) == []

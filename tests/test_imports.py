@@ -10,7 +10,7 @@ import lightning_ema
 
 ROOT = Path(lightning_ema.__file__).parent
 LAYERS = [
-    {"checks", "choice", "state", "ramps", "logits", "shards"},
+    {"checks", "choice", "state", "ramps", "logits", "shards", "before_step"},
     {"schedules", "portions"},
     {
         "compositions",
@@ -25,6 +25,8 @@ LAYERS = [
         "randomness",
     },
     {"shares", "offload", "fused_kernel", "side_stream"},
+    {"pair"},
+    {"storages"},
     {"settings", "loan", "fused", "footprint", "recalibration", "aside", "metrics", "spelling", "views"},
     {"absorption"},
     {"pairing", "history"},

@@ -2,10 +2,22 @@
 
 import contextlib
 import copy
+import warnings
 
 import pytest
 import torch
-from helpers import EMAWeightAveraging, Regression, clones, ema, equal, fit, needs_weight_averaging, seeded
+from helpers import (
+    EMAWeightAveraging,
+    Regression,
+    clones,
+    ema,
+    equal,
+    fit,
+    loader,
+    needs_weight_averaging,
+    seeded,
+    trainer,
+)
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from safetensors import safe_open
@@ -13,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lightning_ema import EMACallback, interop
+from lightning_ema import Constant, Cosine, EMACallback, export_average, interop, recipes
 from lightning_ema.__main__ import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what a Trainer has to say of missing loops and few workers
@@ -236,6 +248,74 @@ def test_updates_that_are_fewer_than_the_steps(tmp_path):
     assert watch.counters == (28, 7)
 
 
+BEGUN = {
+    "epoch": 0,
+    "global_step": 7,
+    "pytorch-lightning_version": "2.6.0",
+    "optimizer_states": [],
+    "lr_schedulers": [],
+}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"start_step": 50}, {"start_epoch": 1}, recipes.lightning_ema_weight_averaging(decay=0.9)],
+    ids=["at once", "step", "epoch", "recipe"],
+)
+def test_an_average_of_lightnings_own_file_counts_from_its_own_start(settings, tmp_path, caplog):
+    torch.save({**weight_averaging(), **BEGUN}, tmp_path / "theirs.ckpt")
+    callback = ema(**settings)
+    watch = Watch(callback)
+    with caplog.at_level("INFO"):
+        fit(seeded(), callback, watch, ckpt_path=tmp_path / "theirs.ckpt", max_steps=20)
+    floats = {name for name in AVERAGE if AVERAGE[name].is_floating_point()}
+    assert equal(watch.live, LIVE) and equal(watch.averaged, {name: AVERAGE[name] for name in floats})
+    assert "goes on at step 7, 7 updates, with the average of Lightning's WeightAveraging" in caplog.text
+    report = callback.average.report()
+    assert report.startswith("19 steps, 19 updates with") and "start" not in report
+
+
+@pytest.mark.parametrize("start", [0, 3])
+def test_a_file_of_lightnings_own_from_before_its_first_update_has_no_average(start, tmp_path, caplog):
+    content = {**weight_averaging(), **BEGUN, "averaging_state": {"n_averaged": torch.tensor(0)}}
+    torch.save({**content, "callbacks": {}}, tmp_path / "theirs.ckpt")
+    callback = ema(start_step=start)
+    watch = Watch(callback)
+    with caplog.at_level("INFO"):
+        fit(seeded(), callback, watch, ckpt_path=tmp_path / "theirs.ckpt", max_steps=20)
+    assert equal(watch.live, LIVE) and watch.counters == (0, 0)
+    assert equal(watch.averaged, {name: LIVE[name] for name in watch.averaged})  # AVERAGE is what that run began with
+    assert "is from before its first update; the average starts from its live weights" in caplog.text
+    assert callback.average.num_updates == 12 - start
+
+
+def test_the_steps_that_are_brought_along_are_part_of_the_run(tmp_path):
+    interop.write(interop.read(timm()), tmp_path / "x.ckpt", "lightning", steps=5000)
+    for schedule, bound in ((Constant(0.999), Constant(0.999)), (Cosine(0.9, 1.0), Cosine(0.9, 1.0, total_steps=5012))):
+        callback = EMACallback(schedule)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            trainer(callback).fit(seeded(), loader(), ckpt_path=tmp_path / "x.ckpt")
+        assert not [str(one.message) for one in said if "EMACallback" in str(one.message)]
+        assert callback.average.schedule == bound and callback.average.num_steps == 5012
+
+
+def test_a_decay_that_the_file_does_not_say_is_no_other_setting(tmp_path):
+    def warned(content, **kwargs):
+        interop.write(interop.read(content), tmp_path / "x.ckpt", "lightning", **kwargs)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            fit(seeded(), EMACallback(Constant(0.5)), ckpt_path=tmp_path / "x.ckpt", max_steps=1)
+        return [str(one.message) for one in said if "other settings" in str(one.message)]
+
+    assert not warned(timm(), steps=5000)
+    export_average(tmp_path / "x.ckpt", tmp_path / "out.safetensors")
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        assert file.metadata() == {"average": "ema", "steps": "5000", "updates": "5000"}
+    (text,) = warned(lit_ema())
+    assert "decay: Warmup(0.9999) in the file, Constant(0.5) now" in text
+
+
 @needs_weight_averaging
 def test_lightnings_own_files_go_on_with_their_epoch_and_optimizer(tmp_path):
     averaging = EMAWeightAveraging(decay=0.5)
@@ -340,6 +420,39 @@ def test_an_import_without_live_weights_says_what_training_begins_with(tmp_path,
     out = capsys.readouterr().out
     assert "live weights: none in the file" in out and "training goes on from the average" in out
     assert (tmp_path / "a-average.ckpt").exists()
+
+
+def test_a_file_of_timm_goes_on_under_the_names_of_the_module(tmp_path, capsys):
+    def bare(values):
+        return {name.removeprefix("net."): tensor for name, tensor in values.items()}
+
+    torch.save({"state_dict": bare(LIVE), "state_dict_ema": bare(AVERAGE)}, tmp_path / "timm.pth.tar")
+    torch.save(Regression().state_dict(), tmp_path / "module.pt")
+    command = ["import", str(tmp_path / "timm.pth.tar"), "--as", "lightning", "--out", str(tmp_path / "timm.ckpt")]
+    assert main([*command, "--steps", "125000"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "average: 9 tensors, float32; steps 125,000, from --steps (unknown to the file)"
+    assert lines[3].startswith(
+        "names: 0.weight, ... as in the file. Where those of the LightningModule have more in front"
+    )
+    assert "such as net.0.weight, add --like FILE" in lines[3]
+    assert main([*command, "--steps", "125000", "--like", str(tmp_path / "module.pt")]) == 0
+    assert "--like" not in capsys.readouterr().out
+    callback = EMACallback(**recipes.timm_v3(decay=0.9998))
+    watch = Watch(callback)
+    fit(seeded(), callback, watch, ckpt_path=tmp_path / "timm.ckpt")
+    assert equal(watch.live, LIVE)
+    assert equal(watch.averaged, {name: tensor for name, tensor in AVERAGE.items() if tensor.is_floating_point()})
+    assert callback.average.num_steps == 125_012
+
+
+def test_steps_that_are_given_count_instead_of_the_files(tmp_path, capsys):
+    torch.save(lit_ema(), tmp_path / "a.pt")
+    assert main(["import", str(tmp_path / "a.pt"), "--as", "lightning", "--steps", "28"]) == 0
+    assert "; steps 28, from --steps (7 in it)" in capsys.readouterr().out
+    callback = ema()
+    fit(seeded(), callback, ckpt_path=tmp_path / "a-average.ckpt", max_steps=1)
+    assert callback.average.num_steps == 29
 
 
 # --- nothing is guessed -------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from helpers import BATCHES, Regression, ema, fit, seeded
 
 from lightning_ema import Constant, WeightAverage, absorption
 from lightning_ema import offload as module_under_test
@@ -64,10 +65,10 @@ def test_training_goes_on_meanwhile_and_the_next_optimizer_step_waits(monkeypatc
     live.sum().backward()  # a forward and a backward pass go on
     assert average.tolist() == [0, 0, 0]
 
-    waited = threading.Event()
-    offload._wait, wait = lambda: (waited.set(), gate.open.set(), wait()), offload._wait
+    join = offload._thread.join
+    offload._thread.join = lambda: (gate.open.set(), join())
     optimizer.step()  # live becomes 0; the update is to see 1
-    assert waited.is_set()
+    assert gate.open.is_set()
     assert average.tolist() == [0.5, 0.5, 0.5]
     assert live.tolist() == [0, 0, 0]
     assert offload.waits == 1
@@ -145,3 +146,26 @@ def test_what_the_next_forward_pass_writes_to_is_averaged_as_it_was_at_the_step(
 def lent(average, network):
     with average.lent():
         return network.weight.detach().clone()
+
+
+def test_in_a_trainer_it_goes_on_during_the_next_forward_pass(offloaded, monkeypatch):
+    begun, during = threading.Event(), []
+
+    def held(update, ready=None):
+        during.append(begun.wait(timeout=30))
+        begun.clear()
+        absorb_through_buffers_(update, ready)
+
+    class Beginning(Regression):
+        def training_step(self, batch, batch_idx):
+            begun.set()
+            return super().training_step(batch, batch_idx)
+
+        def on_train_end(self):
+            begun.set()
+
+    monkeypatch.setattr(module_under_test, "absorb_through_buffers_", held)
+    callback = ema()
+    fit(seeded(lambda: Beginning(norm=False)), callback, max_epochs=1, limit_val_batches=0)
+    assert during == [True] * BATCHES
+    assert callback.average.num_updates == BATCHES

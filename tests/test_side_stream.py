@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import Regression, TwoOptimizers, ema, equal, fit, seeded
 from torch import nn
 
 from lightning_ema import Constant, WeightAverage, absorption
@@ -148,6 +149,26 @@ def test_whatever_reads_the_average_comes_behind_the_update(streams, read):
     average.step()
     assert len(streams.queue) == 1
     assert read(average, module).tolist() == [3.0, 3.0]
+
+
+@pytest.mark.parametrize("automatic", [True, False], ids=["automatic optimization", "manual optimization"])
+def test_in_a_trainer_it_lies_beside_forward_and_backward(streams, automatic):
+    under_way = []
+
+    class Watching(Regression if automatic else TwoOptimizers):
+        def loss(self, batch):
+            under_way.append(len(streams.queue))
+            return super().loss(batch)
+
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    expected, got = ema(after_fit="live"), ema(after_fit="live", overlap=True)
+    fit(seeded(Regression if automatic else TwoOptimizers), expected, num_sanity_val_steps=0)
+    fit(seeded(Watching), got, num_sanity_val_steps=0)
+    of_each_epoch = [0, 1, 1, 1, 1, 1] if automatic else [0, 0, *[1, 0] * 5]  # one update lies beside each first loss
+    assert under_way == of_each_epoch * 2
+    assert equal(expected.average.named_tensors(), got.average.named_tensors())
 
 
 def test_the_distance_comes_behind_the_update(streams):

@@ -23,6 +23,7 @@ from torch import nn
 
 from lightning_ema import Constant, Cosine, EMACallback, WeightAverage
 from lightning_ema import loan as loans
+from lightning_ema.storages import Storages
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -266,7 +267,7 @@ def test_max_steps_of_two_optimizers_that_step_in_turn():
     assert callback.average.num_steps == callback.average.schedule.total_steps == 6
 
 
-@pytest.mark.parametrize("interrupted", range(1, 9))
+@pytest.mark.parametrize("interrupted", range(1, 5))
 def test_ctrl_c_within_the_recall_itself(interrupted, monkeypatch):
     give_back, calls = loans._return, iter(range(1, 10**6))
 
@@ -279,6 +280,28 @@ def test_ctrl_c_within_the_recall_itself(interrupted, monkeypatch):
     callback, module = ema(), seeded()
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         fit(module, callback)
+    live = clones(callback.average.named_live())
+    assert callback.average.loan is None
+    assert equal({name: module.state_dict()[name] for name in live}, live)
+    assert not equal(live, callback.average.named_tensors())
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+@pytest.mark.parametrize("call", range(1, 5), ids=["lend", "recall", "second lend", "second recall"])
+def test_ctrl_c_while_storages_are_exchanged(call, after, monkeypatch):
+    exchange, calls = Storages._set, iter(range(1, 10**6))
+
+    def interrupted_once(self, storages):
+        if next(calls) == call:
+            for tensor, storage in zip(self._tensors[:after], storages, strict=False):
+                tensor.data = storage
+            raise KeyboardInterrupt
+        exchange(self, storages)
+
+    monkeypatch.setattr(Storages, "_set", interrupted_once)
+    callback, module = ema(), seeded()
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(module, callback, num_sanity_val_steps=0)
     live = clones(callback.average.named_live())
     assert callback.average.loan is None
     assert equal({name: module.state_dict()[name] for name in live}, live)
@@ -452,7 +475,7 @@ def test_a_schedule_of_the_users_own_that_leaves_its_range(decay):
 
 @pytest.mark.parametrize("arguments", [{"dtype": torch.float64}, {"device": "cpu"}, {"shard": True}])
 def test_a_target_keeps_its_own_dtype_and_device_and_is_whole(arguments):
-    with pytest.raises(ValueError, match="leave out dtype, device and shard"):
+    with pytest.raises(ValueError, match="leave out dtype, device, overlap and shard"):
         WeightAverage(nn.Linear(1, 1), into=nn.Linear(1, 1), **arguments)
     net = nn.Linear(1, 1)
     with pytest.raises(ValueError, match="into takes another module"):

@@ -205,5 +205,54 @@ class TestKilled:
             assert equal(result["average"], expected["average"])
 
 
+class Worsens(Regression):
+    """Its first epoch stays the best one."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", float(self.global_step))
+
+
+def settled(folder, every, ckpt_path=None, dies_after=None):
+    """Trains four epochs with the two ModelCheckpoints of the documentation, or dies after so many steps."""
+
+    class Dies(Callback):
+        def on_train_batch_end(self, this, *_):
+            if this.global_step == dies_after:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    best = ModelCheckpoint(folder, monitor="val_loss")
+    resume = ModelCheckpoint(folder, filename="resume", enable_version_counter=False, every_n_train_steps=every)
+    callback, module = ema(after_fit="live"), seeded(Worsens)
+    seed_everything(3, verbose=False)
+    this = trainer(callback, Dies(), best, resume, max_epochs=4, enable_checkpointing=True)
+    this.fit(module, loader(), loader(1), ckpt_path=ckpt_path)
+    return callback.average
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the harness forks, so that a new process costs no new imports")
+@pytest.mark.parametrize(("every", "found"), [(None, 3 * BATCHES), (4, 20)])
+def test_a_killed_run_goes_on_from_the_second_model_checkpoint_and_not_from_the_one_that_monitors(
+    every, found, tmp_path
+):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.dup2(1, 2)
+            settled(tmp_path, every, dies_after=3 * BATCHES + 4)
+        finally:
+            os._exit(0)
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+    (best,) = tmp_path.glob("epoch=*.ckpt")
+    assert torch.load(best, weights_only=True)["global_step"] == BATCHES
+    assert torch.load(tmp_path / "resume.ckpt", weights_only=True)["global_step"] == found
+    again = settled(tmp_path, every, ckpt_path=tmp_path / "resume.ckpt")
+    if every is None:  # else the loader begins anew inside the epoch, as Lightning warns
+        whole = settled(tmp_path / "whole", every)
+        assert again.num_steps == whole.num_steps == 4 * BATCHES
+        assert equal(again.named_live(), whole.named_live())
+        assert equal(again.named_tensors(), whole.named_tensors())
+
+
 def test_the_callback_under_test_is_ours():
     assert isinstance(ema(), EMACallback)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from helpers import BATCHES, Regression, clones, ema, equal, fit, loader, seeded, trainer
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_ema import Constant, Cosine, EMACallback, Equal, MeanTeacherConfig, MeanTeacherMixin
 
@@ -103,6 +104,35 @@ def test_epochs_of_another_length_from_here_on(batches, epochs_end, taught, tmp_
     assert again == (taken, taken)
 
 
+BATCH_ORDERS = {
+    "in order": (lambda data: DataLoader(data, 8), 0.0, True),
+    "a sampler seeded by the epoch": (
+        lambda data: DataLoader(data, 8, sampler=DistributedSampler(data, num_replicas=1, rank=0)),
+        0.0,
+        True,
+    ),
+    "shuffled": (lambda data: DataLoader(data, 8, shuffle=True), 0.0, False),
+    "dropout": (lambda data: DataLoader(data, 8), 0.5, False),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("order", BATCH_ORDERS)
+def test_random_numbers_are_the_loaders_and_the_modules_own(order, tmp_path):
+    make, dropout, repeats = BATCH_ORDERS[order]
+    batches = make(loader().dataset)
+
+    def ends(**kwargs):
+        callback, module = ema(after_fit="live"), seeded(dropout=dropout)
+        saving = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}", enable_version_counter=False)
+        seed_everything(5, verbose=False)
+        trainer(callback, saving, max_epochs=3, enable_checkpointing=True).fit(module, batches, **kwargs)
+        return clones(callback.average.named_live())
+
+    whole = ends()
+    assert equal(ends(ckpt_path=tmp_path / "epoch=1.ckpt"), whole) is repeats
+
+
 def test_fit_twice_goes_on_from_the_live_weights():
     whole = ema()
     fit(seeded(), whole, max_epochs=4)
@@ -165,6 +195,15 @@ def test_a_plain_checkpoint_is_gone_on_from(tmp_path, caplog):
     with caplog.at_level("INFO"):
         fit(seeded(), callback, max_epochs=3, ckpt_path=tmp_path / "plain.ckpt")
     assert callback.average.num_updates == BATCHES
+
+
+def test_a_resume_says_where_the_average_goes_on(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        fit(seeded(), ema(start_step=2)).save_checkpoint(tmp_path / "x.ckpt")
+        assert not [text for text in caplog.messages if "goes on" in text]
+        fit(seeded(), ema(start_step=2), max_epochs=3, ckpt_path=tmp_path / "x.ckpt")
+    said = [text for text in caplog.messages if "goes on" in text]
+    assert said == [f"EMACallback 'ema': goes on at step {2 * BATCHES}, {2 * BATCHES - 2} updates."]
 
 
 def test_a_file_whose_average_has_another_name_is_refused(tmp_path):

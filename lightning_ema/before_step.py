@@ -1,0 +1,37 @@
+"""Calls a function right before an optimizer changes parameters. Knows torch only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+
+def call_before_step(work: Callable[[], None]) -> RemovableHandle:
+    """Hangs ``work`` before the moment at which any optimizer of torch changes parameters, until it is removed.
+
+    A step that is given a closure, as Lightning gives one, makes the forward and the backward pass first. The
+    optimizers of ``torch.optim`` all change parameters after that, and so ``work`` waits for it too; others (SAM, which
+    moves the weights before the closure) are not trusted in that.
+    """
+
+    def before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        named = "closure" in kwargs
+        closure = kwargs["closure"] if named else args[1] if len(args) > 1 else None
+        if closure is None or not type(optimizer).__module__.startswith("torch.optim."):
+            work()
+            return None
+
+        def closure_and_work() -> Any:
+            loss = closure()
+            work()
+            return loss
+
+        if named:
+            return args, {**kwargs, "closure": closure_and_work}
+        return (args[0], closure_and_work, *args[2:]), kwargs
+
+    return register_optimizer_step_pre_hook(before)
