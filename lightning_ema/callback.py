@@ -183,6 +183,7 @@ class EMACallback(Callback):
         self._steps = StepCounter()
         self._custody: Custody | None = None
         self._plan = Plan()
+        self._pace = trainer_facts.Pace()
         self._skips_said = False
         self._begun: second_pass.Begun | None = None
         self._scored: list[tuple[str, list[Result]]] = []
@@ -266,8 +267,9 @@ class EMACallback(Callback):
         if self.recalibrate_batches:
             training_batches.check(pl_module, trainer)
         if trainer_facts.begins(trainer):
-            custody.steps_before = average.num_steps
-        plan = trainer_facts.plan(trainer).after(-custody.steps_before)
+            custody.steps_before, self._pace = average.num_steps, trainer_facts.Pace()
+        self._pace = trainer_facts.pace(trainer, self._pace, average.num_steps - custody.steps_before)
+        plan = trainer_facts.plan(trainer, self._pace).after(-custody.steps_before)
         epochs_before = int(self.start_epoch * (plan.steps_per_epoch or 0))
         start = average.start_step if average.started else max(self.settings.start_step, epochs_before)
         self._plan = plan.after(start)
@@ -390,7 +392,7 @@ class EMACallback(Callback):
         trainer = trainer_facts.trainer_of(self._custody.average.module)
         if trainer is not None:
             self._meet(trainer)
-        return {**self._custody.entry(), "config": self._config()}
+        return {**self._custody.entry(), "config": self._config(), "pace": list(self._pace)}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self.average is not None and self.average.module is not pl_module:
@@ -416,6 +418,7 @@ class EMACallback(Callback):
         custody = self._new_custody(trainer, pl_module)
         if entry is not None:
             custody.resume(entry, chooses=self.select is not None)
+            self._pace = trainer_facts.Pace(*entry.get("pace", ()))
             if entry["config"].get("switch_every") != self._config()["switch_every"]:
                 custody.switched = None  # it counts epochs, or other steps
             if changed := checkpoints.changes(entry, self._config()):
@@ -647,7 +650,7 @@ class EMACallback(Callback):
             module = self._custody.average.module
             ModuleHook.take_down(module, "on_save_checkpoint", self._around_modules_save)
             ModuleHook.take_down(module, "on_load_checkpoint", self._around_modules_load)
-        self._custody = None
+        self._custody, self._pace = None, trainer_facts.Pace()
         self._skips_said = False
 
     def _advise(self, total_steps: int) -> None:

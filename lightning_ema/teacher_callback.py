@@ -40,6 +40,7 @@ class TeacherCallback(Callback):
         self._loaded: dict[str, Any] | None = None
         self._steps = StepCounter()
         self._steps_before = 0
+        self._pace = trainer_facts.Pace()
         self._plan: Plan | None = None
         self._config = MeanTeacherConfig()
         self._module: LightningModule | None = None
@@ -106,8 +107,9 @@ class TeacherCallback(Callback):
                 "self.student.train() if that is not meant."
             )
         if trainer_facts.begins(trainer):
-            self._steps_before = average.num_steps
-        self._plan = trainer_facts.plan(trainer).after(-self._steps_before).after(average.start_step)
+            self._steps_before, self._pace = average.num_steps, trainer_facts.Pace()
+        self._pace = trainer_facts.pace(trainer, self._pace, average.num_steps - self._steps_before)
+        self._plan = trainer_facts.plan(trainer, self._pace).after(-self._steps_before).after(average.start_step)
         average.bind(self._plan)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -214,7 +216,7 @@ class TeacherCallback(Callback):
             everything = self._average.state_dict()
         state = {name: value for name, value in everything.items() if name not in _OF_TENSORS}
         names = [name for name, _ in self._average.named_tensors()]
-        return {**state, "names": names, "steps_before": self._steps_before}
+        return {**state, "names": names, "steps_before": self._steps_before, "pace": list(self._pace)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = dict(state_dict) or None
@@ -230,6 +232,7 @@ class TeacherCallback(Callback):
         elif changed := changes(state, average.settings.describe()):
             rank_zero_warn(f"MeanTeacher: {other_settings(changed)}")
         self._steps_before = state.get("steps_before", 0)
+        self._pace = trainer_facts.Pace(*state.get("pace", ()))
         tensors = Survey(self._teacher).tensors
         stored = {name: tensors[name] for name in state["names"] if name in tensors}
         average.load_state_dict({**state, "average": stored})
@@ -239,8 +242,8 @@ class TeacherCallback(Callback):
             rank_zero_info(f"MeanTeacher: {average.report()}")
         else:
             rank_zero_warn(
-                f"MeanTeacher: the teacher was not updated in {average.num_steps} steps and is still the student as the "
-                f"run began: every_n_steps={average.settings.every_n_steps} is longer than the run. Lower it."
+                f"MeanTeacher: the teacher was not updated in {average.num_steps} steps and is still what the student "
+                f"was at the start: every_n_steps={average.settings.every_n_steps} is longer than the run. Lower it."
             )
 
     def _require(self) -> WeightAverage:

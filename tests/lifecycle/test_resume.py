@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_ema import Constant, Cosine, EMACallback, Equal
+from lightning_ema import Constant, Cosine, EMACallback, Equal, MeanTeacherConfig, MeanTeacherMixin
 
 SITUATIONS = {
     "plain": ({}, {}, {}),
@@ -57,6 +57,51 @@ def test_from_the_end_of_an_epoch(situation, tmp_path):
     assert equal(average, whole.average.named_tensors())
     assert counters == {k: v for k, v in whole.average.state_dict().items() if isinstance(v, (int, bool))}
     assert all(equal(a, b) for a, b in zip(states, optimizers.states, strict=True))
+
+
+class OfLength(Regression):
+    batches = BATCHES
+
+    def train_dataloader(self):
+        return loader(self.batches)
+
+
+class Taught(MeanTeacherMixin, OfLength):
+    mean_teacher = MeanTeacherConfig(decay=Cosine(0.5, 1.0))
+
+    def __init__(self):
+        super().__init__()
+        self.student = self.net
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.student.parameters(), 0.05)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("taught", [False, True])
+@pytest.mark.parametrize("batches", [BATCHES, 3, 12])
+@pytest.mark.parametrize("epochs_end", [True, False], ids=["saved at the end of an epoch", "saved after a validation"])
+def test_epochs_of_another_length_from_here_on(batches, epochs_end, taught, tmp_path):
+    """As in another number of processes: the length of the whole run is that of the run as it then goes on."""
+
+    def go_on(batches, ckpt_path=None, **kwargs):
+        module, callback = seeded(Taught if taught else OfLength), EMACallback(Cosine(0.5, 1.0))
+        module.batches = batches
+        saving = ModelCheckpoint(tmp_path / str(batches), save_on_train_epoch_end=epochs_end, filename="{epoch}",
+                                 save_top_k=-1)  # fmt: skip
+        callbacks = [saving] if taught else [callback, saving]
+        this = trainer(*callbacks, max_epochs=4, enable_checkpointing=True, **kwargs)
+        this.fit(module, val_dataloaders=loader(2), ckpt_path=ckpt_path)
+        average = module.teacher_callback.average if taught else callback.average
+        return this.global_step, average.schedule.total_steps
+
+    assert go_on(BATCHES) == (24, 24)
+    taken, known = go_on(batches, tmp_path / str(BATCHES) / "epoch=0.ckpt")
+    # Lightning goes on at batch 6 of an epoch that was saved before its end, where there is one
+    assert taken == 6 + 3 * batches + (6 if batches == 12 and not epochs_end else 0)
+    assert known == taken
+    again = go_on(batches, tmp_path / str(batches) / "epoch=2.ckpt")
+    assert again == (taken, taken)
 
 
 BATCH_ORDERS = {
