@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,7 +17,6 @@ from lightning_ema import checkpoint as checkpoints
 from lightning_ema import distributed_checkpoint, second_pass, trainer_facts, training_batches
 from lightning_ema.advice import (
     adopted,
-    chosen,
     chosen_last,
     introduction,
     monitors_another,
@@ -35,11 +35,12 @@ from lightning_ema.advice import (
 )
 from lightning_ema.average import WeightAverage
 from lightning_ema.checks import check_choice, check_count, check_flag
-from lightning_ema.choice import Mode, best_of, check_select, score_of
+from lightning_ema.choice import Mode
 from lightning_ema.custody import Batches, Custody
-from lightning_ema.evaluation_loop import Result
 from lightning_ema.module_hook import Hook, ModuleHook
+from lightning_ema.passes import Passes
 from lightning_ema.schedules import Plan, Schedule
+from lightning_ema.scoring import Evaluate, Others, Scoring
 from lightning_ema.settings import Buffers, DecayPer, OnNonfinite, Settings, label
 from lightning_ema.snapshots import Snapshots, check_schedule, discard_future, take, write
 from lightning_ema.steps import StepCounter
@@ -47,9 +48,7 @@ from lightning_ema.steps import StepCounter
 UNTIL_EPOCH = sys.maxsize
 """The start step of an average that waits for an epoch; on_train_epoch_start sets the real one."""
 
-Evaluate = Literal["average", "live", "both"]
 AfterFit = Literal["average", "live"]
-Others = Literal["follow", "log", "evaluate"]
 
 
 @trainer_facts.known_to_pytorch_lightning
@@ -144,18 +143,16 @@ class EMACallback(Callback):
             if buffers != "recalibrate":
                 raise ValueError(f"recalibrate_batches={recalibrate_batches} needs buffers='recalibrate'.")
         check_count(start_epoch, "start_epoch", at_least=0)
-        check_choice(evaluate, "evaluate", get_args(Evaluate))
-        check_choice(others, "others", get_args(Others))
-        if others != "follow" and len(self.settings.decays) == 1:
-            raise ValueError(f"others={others!r} needs several decays, for instance decay=[0.99, 0.999].")
-        if others == "evaluate" and evaluate == "live":
-            raise ValueError("others='evaluate' beside evaluate='live': write evaluate='both', or 'average'.")
-        check_choice(mode, "mode", get_args(Mode))
-        check_count(evaluate_every, "evaluate_every", at_least=1)
-        if select is None and (mode != "min" or evaluate_every != 1):
-            raise ValueError("mode and evaluate_every belong to select: write select='val_loss', or leave them out.")
-        if select is not None:
-            check_select(select, len(self.settings.decays), evaluate, others, buffers, switch_every)
+        self.scoring = Scoring.checked(
+            evaluate,
+            others,
+            select,
+            mode,
+            evaluate_every,
+            several=len(self.settings.decays) > 1,
+            buffers=buffers,
+            switch_every=switch_every,
+        )
         if switch_every is not None and switch_every != "epoch":
             check_count(switch_every, "switch_every", at_least=1)
         if snapshots is not None and not isinstance(snapshots, Snapshots):
@@ -169,11 +166,6 @@ class EMACallback(Callback):
         check_flag(shard, "shard")
         self.shard = shard
         self.start_epoch = start_epoch
-        self.evaluate = evaluate
-        self.others = others
-        self.select = select
-        self.mode: Mode = mode
-        self.evaluate_every = evaluate_every
         self.switch_every = switch_every
         self.snapshots = snapshots
         self._snapshots: Snapshots | None = None
@@ -185,9 +177,7 @@ class EMACallback(Callback):
         self._plan = Plan()
         self._pace = trainer_facts.Pace()
         self._skips_said = False
-        self._begun: second_pass.Begun | None = None
-        self._scored: list[tuple[str, list[Result]]] = []
-        self._could_choose = False
+        self._passes = Passes(self.scoring, name)
         self._overwritten = False
 
     @property
@@ -221,13 +211,9 @@ class EMACallback(Callback):
         self._overwritten = trainer_facts.overwrites_weights(trainer)
         if self._overwritten:
             self._drop_if_edited()  # as long as it can be told
-        for argument, value in (("evaluate", "both"), ("others", "evaluate")):
-            if getattr(self, argument) == value:
-                second_pass.check(trainer, f"{argument}={value!r}")
-        if self.select is not None:
-            second_pass.check(trainer, f"select={self.select!r}")
+        self._passes.check(trainer)
         ours = [c for c in trainer_facts.callbacks(trainer) if isinstance(c, EMACallback)]
-        lenders = [c.name for c in ours if c.evaluate != "live"]
+        lenders = [c.name for c in ours if c.scoring.evaluate != "live"]
         if len(lenders) > 1:
             raise ValueError(
                 f"the EMACallbacks {', '.join(map(repr, lenders))} all evaluate their average, but the module can "
@@ -259,8 +245,8 @@ class EMACallback(Callback):
         self._steps.hold(self._require().owns)
         self._meet(trainer)
         for monitor, mode in trainer_facts.monitored(trainer).items():
-            if beside := second_pass.named_beside(monitor, self._suffixes()):
-                self._warn(monitors_another(monitor, mode, *beside, self.select))
+            if beside := second_pass.named_beside(monitor, self._passes.suffixes(self.averages)):
+                self._warn(monitors_another(monitor, mode, *beside, self.scoring.select))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         custody, average = self._held(), self._require()
@@ -317,8 +303,8 @@ class EMACallback(Callback):
         if self._require().num_steps > 0 and not trainer_facts.is_trial(trainer):
             for average in self.averages:
                 self._say(average.report())
-        if self.select is not None and self._require().num_updates > 0:
-            self._say_choice(self.select)
+        if self.scoring.select is not None and self._require().num_updates > 0:
+            self._say_choice(self.scoring.select)
         if self._snapshots is not None and self._require().started:
             write(self._snapshots, self.averages)
         if self._custody is not None:
@@ -329,7 +315,8 @@ class EMACallback(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin(trainer, pl_module)
-        self._choose(trainer, pl_module)
+        if choice := self._passes.choose(trainer, pl_module, self._custody, partial(self._batches, trainer)):
+            self._say(choice)
         self._lend(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -337,9 +324,7 @@ class EMACallback(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._recall()
-        if self._could_choose:
-            self._held().choices += 1  # not before: a run resumed inside a validation begins it anew
-            self._could_choose = False
+        self._passes.end(self._custody)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin(trainer, pl_module)
@@ -362,7 +347,7 @@ class EMACallback(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         fitting, began = trainer_facts.is_fitting(trainer), self._steps.held
-        self._begun = None
+        self._passes.drop()
         if self.average is not None:
             self.average.alone = True
         try:
@@ -417,7 +402,7 @@ class EMACallback(Callback):
                 return  # it is built where every other average is, in on_fit_start
         custody = self._new_custody(trainer, pl_module)
         if entry is not None:
-            custody.resume(entry, chooses=self.select is not None)
+            custody.resume(entry, chooses=self.scoring.select is not None)
             self._pace = trainer_facts.Pace(*entry.get("pace", ()))
             if entry["config"].get("switch_every") != self._config()["switch_every"]:
                 custody.switched = None  # it counts epochs, or other steps
@@ -491,7 +476,7 @@ class EMACallback(Callback):
         if self.start_epoch > 0:
             arguments["start_step"] = UNTIL_EPOCH
         average = WeightAverage(pl_module, **arguments, shard=self.shard and trainer.world_size > 1)
-        return Custody(average, self.evaluate != "live", self.recalibrate_batches > 0)
+        return Custody(average, self.scoring.evaluate != "live", self.recalibrate_batches > 0)
 
     def _take_up(self, pl_module: LightningModule, custody: Custody) -> None:
         self._custody = custody
@@ -549,37 +534,8 @@ class EMACallback(Callback):
         average.reconcile = trainer_facts.reconcile(trainer)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Notes what further passes are to find again; a file that is evaluated has none."""
         self._forgive()
-        self._scored, self._could_choose = [], False
-        mine = self.average is not None and self.average.module is pl_module and not self._held().holds_file
-        asked = self._further_passes() or (self.select is not None and trainer_facts.is_fitting(trainer))
-        due = mine and not trainer.sanity_checking and asked
-        self._begun = second_pass.begin(trainer, pl_module) if due else None
-
-    def _choose(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Evaluates every average and hands the best one to the custody; the results are logged when logging is due."""
-        custody, begun, metric = self._custody, self._begun, self.select
-        if custody is None or begun is None or metric is None or not trainer_facts.is_fitting(trainer):
-            return
-        if not custody.gives_average:
-            return
-        self._could_choose = True
-        if custody.choices % self.evaluate_every:
-            return
-        scores = []
-        for place, average in enumerate(self.averages):
-            carried = custody.instead(place, self._batches(trainer))
-            results = second_pass.evaluate_again(trainer, pl_module, begun, carried)
-            self._scored.append((f"/{self._label(average)}", results))
-            logged = {result.name: float(result.value) for result in results}
-            # the first process's: values that are not reduced differ among them, and may be logged there alone
-            scores.append(score_of(metric, trainer_facts.agreed(trainer, logged)))
-        custody.chosen = best_of(scores, self.mode, custody.chosen)
-        labels = [label(average.settings.decay) for average in self.averages]
-        average = custody.average
-        schedules, step = [each.schedule for each in self.averages], average.num_steps - average.start_step
-        self._say(chosen(metric, dict(zip(labels, scores, strict=True)), labels[custody.chosen], schedules, step))
+        self._passes.begin(trainer, pl_module, self._custody)
 
     def _say_choice(self, metric: str) -> None:
         custody = self._held()
@@ -589,28 +545,10 @@ class EMACallback(Callback):
             winner = label(self.averages[custody.chosen].settings.decay)
             self._say(chosen_last(metric, winner, custody.chosen, self.after_fit == "average"))
 
-    def _further_passes(self) -> dict[str, int | None]:
-        """What is evaluated beside the average: the suffix of its metrics and its place; None for the live weights."""
-        live: dict[str, int | None] = {"_live": None} if self.evaluate == "both" else {}
-        others = self.averages[1:] if self.others == "evaluate" else []
-        return {**live, **{f"/{self._label(average)}": place for place, average in enumerate(others, start=1)}}
-
-    def _suffixes(self) -> list[str]:
-        """The ends of the names under which weights are scored that ``state_dict`` of a file does not hold."""
-        among = self.averages if self.select is not None else []
-        return [*self._further_passes(), *(f"/{self._label(average)}" for average in among)]
-
     def _evaluate_again(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        begun, self._begun = self._begun, None
-        if begun is None:
-            return
-        self._meet(trainer)
-        for suffix, results in self._scored:
-            second_pass.log_again(pl_module, results, suffix)
-        for suffix, place in self._further_passes().items():
-            carried = self._held().instead(place, self._batches(trainer))
-            results = second_pass.evaluate_again(trainer, pl_module, begun, carried)
-            second_pass.log_again(pl_module, results, suffix)
+        if self._passes.due:
+            self._meet(trainer)
+            self._passes.run(trainer, pl_module, self._custody, partial(self._batches, trainer))
 
     def _recall(self) -> None:
         if self._custody is not None:
@@ -663,13 +601,10 @@ class EMACallback(Callback):
     def _log(self, pl_module: LightningModule) -> None:
         first, *others = self._require().averages
         pl_module.log(f"{self.name}/updates", float(first.num_updates), on_step=True, on_epoch=False)
-        for average in [first] if self.others == "follow" else [first, *others]:
-            name = self.name if average is first else self._label(average)
+        for average in [first] if self.scoring.others == "follow" else [first, *others]:
+            name = self.name if average is first else self._passes.label(average)
             values = {f"{name}/decay": average.decay, f"{name}/distance": average.distance()}
             pl_module.log_dict(values, on_step=True, on_epoch=False)
-
-    def _label(self, average: WeightAverage) -> str:
-        return f"{self.name}_{label(average.settings.decay)}"
 
     def _say(self, text: str) -> None:
         rank_zero_info(f"EMACallback {self.name!r}: {text}")

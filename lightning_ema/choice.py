@@ -1,4 +1,4 @@
-"""Which of several averages is the best one, by a metric of their own evaluations: what may be asked, and who wins."""
+"""Which of several averages is the best one, by a metric of their own evaluations. Pure."""
 
 from __future__ import annotations
 
@@ -7,23 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 Mode = Literal["min", "max"]
-
-
-def check_select(
-    select: str, averages: int, evaluate: str, others: str, buffers: str, switch_every: int | str | None
-) -> None:
-    """Refuse a metric to choose by that is no name, or beside arguments that say themselves what is evaluated."""
-    if not isinstance(select, str) or not select:
-        raise ValueError(f"select is {select!r}; it must be the name of a metric, such as 'val_loss'.")
-    if averages == 1:
-        raise ValueError(f"select={select!r} needs several decays to choose from, for instance decay=[0.99, 0.999].")
-    for argument, value, refused in (("evaluate", evaluate, "live"), ("others", others, "evaluate")):
-        if value == refused:
-            raise ValueError(f"select={select!r} beside {argument}={refused!r}: leave {argument} out.")
-    if buffers == "recalibrate":
-        raise ValueError(f"select={select!r} beside buffers='recalibrate': write buffers='average'.")
-    if switch_every is not None:  # by which of the averages?
-        raise ValueError(f"select={select!r} beside switch_every={switch_every!r}: leave one of them out.")
 
 
 def best_of(scores: Sequence[float], mode: Mode, before: int) -> int:

@@ -122,9 +122,9 @@ class Pairing:
                 return
 
     def see_through(self) -> None:
-        """Pairs again if a tensor was unfrozen or added; the next call of :meth:`refresh_if_stale` trusts in that."""
-        if not self._survey.holds() or self._someone_joins():
-            self._refresh()
+        """The same, and spares the next call the walk over the submodules."""
+        self._seen_through = False
+        self.refresh_if_stale()
         self._seen_through = True
 
     def admit(self) -> None:

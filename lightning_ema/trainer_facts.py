@@ -142,7 +142,7 @@ def pace(trainer: Trainer, before: Pace, steps: int) -> Pace:
         steps: those that the run has taken up to here.
     """
     per_epoch = _steps_per_epoch(trainer)
-    if per_epoch is None or before.steps_per_epoch in (None, per_epoch):
+    if per_epoch is None or before.steps_per_epoch is None or before.steps_per_epoch == per_epoch:
         return Pace(per_epoch, before.ahead)
     epoch = trainer.current_epoch
     within = min(max(steps - (before.steps_per_epoch * epoch + before.ahead), 0), per_epoch)
@@ -157,12 +157,14 @@ def plan(trainer: Trainer, pace: Pace) -> Plan:
     # max_steps counts the steps of every optimizer; under automatic optimization there is one
     in_turn = max(1, len(trainer.optimizers))
     ends = [math.ceil(trainer.max_steps / in_turn)] if trainer.max_steps not in (None, -1) else []
-    if pace.steps_per_epoch is not None and trainer.max_epochs is not None and trainer.max_epochs != -1:
-        ends.append(pace.steps_per_epoch * trainer.max_epochs + pace.ahead)
+    steps_per_epoch = pace.steps_per_epoch
+    if steps_per_epoch is not None and trainer.max_epochs is not None and trainer.max_epochs != -1:
+        ends.append(steps_per_epoch * trainer.max_epochs + pace.ahead)
     batch_size = getattr(trainer.train_dataloader, "batch_size", None)
-    unknown = batch_size is None or _accumulation_changes(trainer)
-    samples = None if unknown else float(batch_size * trainer.accumulate_grad_batches * trainer.world_size)
-    return Plan(min(ends) if ends else None, pace.steps_per_epoch, samples)
+    samples = None
+    if batch_size is not None and not _accumulation_changes(trainer):
+        samples = float(batch_size * trainer.accumulate_grad_batches * trainer.world_size)
+    return Plan(min(ends) if ends else None, steps_per_epoch, samples)
 
 
 def _steps_per_epoch(trainer: Trainer) -> int | None:

@@ -151,13 +151,18 @@ def test_every_argument_can_be_written_in_yaml(tmp_path):
     assert (settings.dtype, settings.device) == (torch.float64, torch.device("cpu"))
     assert (settings.include_frozen, settings.buffers, settings.on_nonfinite) == (True, "copy", "skip")
     assert (callback.switch_every, callback.snapshots) == ("epoch", Snapshots("there", every_n_steps=7, keep=9))
-    assert (callback.start_epoch, callback.evaluate, callback.after_fit, callback.name) == (1, "live", "live", "slow")
+    assert (callback.start_epoch, callback.scoring.evaluate, callback.after_fit, callback.name) == (
+        1,
+        "live",
+        "live",
+        "slow",
+    )
 
 
 def test_several_decays_and_what_is_done_with_them_in_yaml(tmp_path):
     callback = callback_of(cli(config(tmp_path, decay=[0.9, 0.99], others="evaluate", switch_every=4), run=False))
     assert callback.settings.decays == (Warmup(0.9), Warmup(0.99))
-    assert (callback.others, callback.switch_every) == ("evaluate", 4)
+    assert (callback.scoring.others, callback.switch_every) == ("evaluate", 4)
 
 
 def test_short_names_on_the_command_line(tmp_path):

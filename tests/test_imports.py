@@ -28,7 +28,7 @@ LAYERS = [
     {"pair"},
     {"storages"},
     {"settings", "loan", "fused", "footprint", "recalibration", "aside", "metrics", "spelling", "views"},
-    {"absorption"},
+    {"absorption", "scoring"},
     {"pairing", "history"},
     {"course", "profiles"},
     {"report"},
@@ -54,7 +54,7 @@ LAYERS = [
         "distributed_checkpoint",
         "found",
     },
-    {"snapshots", "recipe", "teacher", "naming", "readers_lightning", "readers_openmmlab", "readers_pytorch"},
+    {"passes", "snapshots", "recipe", "teacher", "naming", "readers_lightning", "readers_openmmlab", "readers_pytorch"},
     {"callback", "semi_supervised_data", "combination", "recipes_openmmlab", "recipes_pytorch", "recipes_yolo"},
     {"recipes", "synthesis", "interop"},
     {"recommendation", "synthesize_command", "import_command"},
@@ -64,6 +64,7 @@ LAYERS = [
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 ALLOWED_OUTSIDE = {
     "checks": set(),
+    "scoring": set(),
     "choice": set(),
     "state": {"torch"},
     "schedules": set(),
@@ -77,7 +78,7 @@ ALLOWED_OUTSIDE = {
     "import_command": set(),
     **{
         name: {"lightning", "torch"}
-        for name in ("callback", "distributed_checkpoint", "evaluation_loop", "module_hook", "second_pass")
+        for name in ("callback", "distributed_checkpoint", "passes", "evaluation_loop", "module_hook", "second_pass")
     },
     **{name: {"lightning", "torch"} for name in ("semi_supervised_data", "teacher_callback", "training_batches")},
     "teacher": {"lightning", "torch", "torchmetrics"},
