@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_ema import Constant, Warmup, export_average
+from lightning_ema import Constant, Schedule, Warmup, export_average
 from lightning_ema.advice import chosen
 from lightning_ema.choice import best_of
 from lightning_ema.export import describe
@@ -22,6 +23,14 @@ NAMES = ["Constant_0.2", "Constant_0.8"]
 
 def selecting(**kwargs):
     return EMACallback([Constant(0.2), Constant(0.8)], **{"select": "val_loss", **kwargs})
+
+
+@dataclass(frozen=True)
+class Halves(Schedule):
+    """A schedule of one's own."""
+
+    def __call__(self, n):
+        return 0.5
 
 
 class Scored(Regression):
@@ -113,6 +122,10 @@ def test_inspecting_several_that_no_metric_chooses_among(settings, marked, tmp_p
     places = [line.strip() for line in describe(tmp_path / "file.ckpt").splitlines() if "place" in line]
     assert ["in state_dict" in line for line in places] == marked
     assert "place 0: Warmup(0.2); decay in force: 0.2, a horizon of 1 steps; distance" in places[0]
+    own = EMACallback([Constant(0.8), Halves()], **settings)
+    fit(seeded(), own).save_checkpoint(tmp_path / "file.ckpt")
+    places = [line.strip() for line in describe(tmp_path / "file.ckpt").splitlines() if "place" in line]
+    assert places[1].startswith("place 1: test_select.Halves(); distance")  # text cannot tell what it computes
     late = EMACallback([0.2, 0.8], start_step=99, **settings)
     fit(seeded(), late).save_checkpoint(tmp_path / "file.ckpt")
     places = [line.strip() for line in describe(tmp_path / "file.ckpt").splitlines() if "place" in line]
