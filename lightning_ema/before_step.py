@@ -36,12 +36,12 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
     named = "closure" in kwargs
     closure = kwargs["closure"] if named else args[1] if len(args) > 1 else None
     if closure is None or not type(optimizer).__module__.startswith("torch.optim."):
-        _work()
+        as_before_step()
         return None
 
     def closure_and_work() -> Any:
         loss = closure()
-        _work()
+        as_before_step()
         return loss
 
     if named:
@@ -49,6 +49,7 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
     return (args[0], closure_and_work, *args[2:]), kwargs
 
 
-def _work() -> None:
+def as_before_step() -> None:
+    """Calls now what waits for a step, because parameters are about to change in another way."""
     for work in tuple(_works.values()):
         work()

@@ -135,6 +135,18 @@ def test_two_averages_wait_before_the_same_step(streams):
     assert [dict(average.named_tensors())["0"].tolist() for average in averages] == [[-0.25, -0.25], [-1.0, -1.0]]
 
 
+@pytest.mark.parametrize("act", ["deliver", "apply"])
+def test_another_average_of_the_module_is_written_to_it_behind_the_update(streams, act):
+    module = nn.ParameterList([weight(0.0)])
+    other, average = WeightAverage(module), WeightAverage(module, Constant(0.5), overlap=True)
+    with torch.no_grad():
+        module[0].fill_(1.0)
+    average.step()
+    getattr(other, act)()
+    assert module[0].tolist() == [0.0, 0.0]
+    assert dict(average.named_tensors())["0"].tolist() == [0.5, 0.5]
+
+
 def test_weights_of_several_dtypes_are_averaged_beside_together(streams):
     module = nn.ParameterList([weight(0.0), weight(0.0).bfloat16()])
     average = WeightAverage(module, Constant(0.5), overlap=True)
