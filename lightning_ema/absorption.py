@@ -54,6 +54,7 @@ class Absorption:
         self._pairs: list[Pair] = []
         self._groups: list[Group] = []
         self._offloaded: list[Group] = []
+        self._on_streams: dict[torch.device, list[Group]] = {}
         self._lerps: dict[int, Lerp] = {}  # of the groups, by where their stretch begins
 
     @property
@@ -72,12 +73,16 @@ class Absorption:
         self._pairs = list(pairs)
         self._groups = []
         start = 0
-        for kind, group in itertools.groupby(self._pairs, key=self._kind):
-            alike = list(group)
+        for kind, pairs_alike in itertools.groupby(self._pairs, key=self._kind):
+            alike = list(pairs_alike)
             averages = [list(each) for each in zip(*([local(a) for a in pair.averages] for pair in alike), strict=True)]
             self._groups.append(Group(averages, slice(start, start + len(alike)), kind[-1]))
             start += len(alike)
         self._offloaded = [group for group in self._groups if group.where == "thread"]
+        self._on_streams = {}
+        for group in self._groups:
+            if group.where == "stream":
+                self._on_streams.setdefault(self._pairs[group.stretch.start].live.device, []).append(group)
 
     def _kind(self, pair: Pair) -> tuple[torch.dtype, torch.device, torch.dtype, torch.device, Where]:
         live, average = pair.live, pair.averages[0] if pair.averages else pair.live
@@ -93,9 +98,8 @@ class Absorption:
         for group in self._groups:
             if group.where == "here":
                 self._absorb_here(group, lives, rates)
-            elif group.where == "stream":
-                stream = self._stream(lives[group.stretch.start].device)
-                stream.submit(partial(self._absorb_here, group, lives, rates))
+        for device, groups in self._on_streams.items():  # together: one more would wait for those before it
+            self._stream(device).submit(partial(self._absorb_each, groups, lives, rates))
         if self._offloaded:
             self._offload.submit([Update(g.averages, self._as_now(lives, g.stretch), rates) for g in self._offloaded])
 
@@ -114,6 +118,10 @@ class Absorption:
         if first not in self._lerps:
             self._lerps[first] = lerp_of(group.averages, lives[group.stretch])
         self._lerps[first](rates)
+
+    def _absorb_each(self, groups: Sequence[Group], lives: Sequence[Tensor], rates: Sequence[float]) -> None:
+        for group in groups:
+            self._absorb_here(group, lives, rates)
 
     def _stream(self, device: torch.device) -> SideStream:
         return self._streams.setdefault(device, SideStream(device))

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_ema.before_step import as_before_step
 from lightning_ema.checks import check_flag
 from lightning_ema.course import Course
 from lightning_ema.history import History
@@ -304,6 +305,7 @@ class WeightAverage:
     def apply(self) -> None:
         """Writes the average into the module for good. The average is kept; the live weights are lost."""
         self._course.refuse_during_loan("apply")
+        as_before_step()  # updates of other averages still read the live weights
         with torch.no_grad():
             for pair, average in self._to_lend():
                 pair.live.copy_(average)

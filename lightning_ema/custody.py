@@ -210,11 +210,12 @@ class Custody:
 
     def entry(self) -> dict[str, Any]:
         """The callback's entry in a checkpoint whose ``state_dict`` was taken while the module carried the average."""
+        state = self.average.state_dict()  # which looks for layers that were replaced since the last step
         live = dict(self.average.named_live()) if self.gives_average else self._aside
         if self.gives_average:
             live |= {name: tensor for each in self._statistics[:1] for name, tensor in each.live().items()}
         in_state_dict = self.gives_average and self.chosen == 0 and not self.average.schedule.corrects
-        entry = pack(self.average.state_dict(), live, Survey(self.average.module).tensors, in_state_dict)
+        entry = pack(state, live, Survey(self.average.module).tensors, in_state_dict)
         entry["steps_before"] = self.steps_before
         entry["chosen"], entry["choices"] = self.chosen, self.choices
         if self.switched is not None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_ema.before_step import as_before_step
 from lightning_ema.kernels import exchange_
 from lightning_ema.pair import Pair
 from lightning_ema.selection import Candidate, without_wrappers
@@ -62,6 +63,7 @@ class Loan:
         torch.clear_autocast_cache()  # else an autocast region open across the loan goes on with casts of live weights
         try:
             with torch.inference_mode(False), torch.no_grad():
+                as_before_step()  # updates of other averages still read the live weights
                 stored = list(averages)
                 if not copy and not in_place:
                     self._storages = Storages([each for each in stored if each[0].plain])

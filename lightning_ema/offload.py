@@ -40,7 +40,7 @@ class Offload:
     forward and backward pass do not, so that what a forward pass writes to (buffers) must be given as copies.
 
     Attributes:
-        waits: how often an update or an optimizer had to wait for the one before.
+        waits: how often an update, an optimizer, or a loan of another average had to wait for the one before.
     """
 
     def __init__(self) -> None:

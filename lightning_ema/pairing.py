@@ -69,7 +69,11 @@ class Pairing:
         return tuple(dict.fromkeys(group for pair in self.pairs() for group in pair.groups))
 
     def release(self) -> None:
-        """Gives up views of the live tensors, which would keep the memory that a module is moved away from."""
+        """No update follows soon: gives up views of the live tensors, once an update under way is finished.
+
+        The views would keep the memory that a module is moved away from, and the update would still read it.
+        """
+        self._absorption.finish()
         self._absorption.release()
 
     def start(self) -> None:
@@ -94,7 +98,8 @@ class Pairing:
 
     def lives(self) -> list[Tensor]:
         """The live tensors as they are now, in the order that :meth:`absorb` takes."""
-        self.refresh_if_stale()
+        seen_through, self._seen_through = self._seen_through, False
+        self.refresh_if_stale(seen_through)
         return self._lives
 
     def settle(self) -> None:
@@ -103,14 +108,17 @@ class Pairing:
         if self._into is not None:
             self._into.settle()  # its next forward pass would go on with copies from before the update
 
-    def refresh_if_stale(self) -> None:
-        """Pairs again if a tensor was unfrozen, added, replaced, moved or cast since the last time."""
+    def refresh_if_stale(self, seen_through: bool = False) -> None:
+        """Pairs again if a tensor was unfrozen, added, replaced, moved or cast since the last time.
+
+        Args:
+            seen_through: look only for tensors that were replaced, moved or cast.
+        """
         if self._reshards:  # asked at every step
             self.settle()
-        if not self._seen_through and (not self._survey.holds() or self._someone_joins()):
+        if not seen_through and (not self._survey.holds() or self._someone_joins()):
             self._refresh()
             return
-        self._seen_through = False
         for live, shard, pointer in self._shards:
             if local(live) is not shard or shard.data_ptr() != pointer:
                 self._refresh()
@@ -122,8 +130,7 @@ class Pairing:
                 return
 
     def see_through(self) -> None:
-        """The same, and spares the next call the walk over the submodules."""
-        self._seen_through = False
+        """The same before a step; the next update, and nothing else, trusts that the structure stays as it is."""
         self.refresh_if_stale()
         self._seen_through = True
 
@@ -326,7 +333,7 @@ class Pairing:
         self._absorption.arrange(self._absorbed if self.started else [])
 
     def _expect(self) -> None:
-        self.release()
+        self._absorption.release()
         self._lives = [pair.part(pair.live) for pair in self._absorbed]
         self._expected = [(*pair.candidate.slots[0], pair.live, pair.live.data_ptr()) for pair in self._ordered]
         sharded = [(pair.live, local(pair.live)) for pair in self._ordered if is_sharded(pair.live)]

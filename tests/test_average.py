@@ -280,6 +280,21 @@ class TestAModuleThatChanges:
         assert averages.keys() == before.keys()
         assert all(torch.allclose(averages[name], start + 0.5) for name, start in before.items())
 
+    def test_a_layer_replaced_after_a_look_that_no_step_followed_is_lent_and_kept(self):
+        net = nn.Sequential(nn.Linear(1, 1, bias=False))
+        average = WeightAverage(net, Constant(0.5))
+        initial = net[0].weight.detach().clone()
+        average.refresh()  # a batch whose gradients are accumulated
+        net[0] = nn.Linear(1, 1, bias=False)
+        live = net[0].weight.detach().clone()
+        with average.lent():
+            assert torch.equal(net[0].weight, initial)
+        assert torch.equal(net[0].weight, live)
+        average.refresh()
+        net[0] = nn.Linear(1, 1, bias=False)
+        average.state_dict()
+        assert torch.equal(dict(average.named_live())["0.weight"], net[0].weight)
+
     def test_an_added_layer_joins_and_a_removed_one_leaves(self):
         net = nn.Sequential(nn.Linear(1, 1, bias=False))
         average = WeightAverage(net)

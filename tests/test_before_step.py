@@ -26,6 +26,18 @@ class Weights(nn.Module):
         self.order.append(f"work at {self.weight[0].item():g}")
 
 
+class Once:
+    """Work that removes itself, as an update that is finished does."""
+
+    def __init__(self, note):
+        self.note = note
+        self.handle = call_before_step(self.work)
+
+    def work(self):
+        self.note()
+        self.handle.remove()
+
+
 class Perturbing(torch.optim.SGD):
     """Moves the weights before it asks for the loss, as SAM does."""
 
@@ -71,6 +83,20 @@ def test_an_optimizer_that_asks_for_the_loss_several_times(weights):
 def test_an_optimizer_that_moves_the_weights_before_the_closure(weights):
     Perturbing(weights.parameters(), lr=0.25).step(weights.closure)
     assert weights.order == ["work at 1", "closure at 11"]
+
+
+@pytest.mark.parametrize("closure", [False, True])
+def test_several_that_remove_themselves(weights, closure):
+    for _ in range(2):
+        Once(weights.note)
+    optimizer = torch.optim.SGD(weights.parameters(), lr=0.25)
+    weights.closure()
+    weights.order.clear()
+    for _ in range(2):
+        optimizer.step(weights.closure if closure else None)
+    noted = [line.split()[0] for line in weights.order]
+    expected = ["closure", *["work"] * 3, "closure", "work"] if closure else ["work"] * 4
+    assert noted == expected
 
 
 OPTIMIZERS = [

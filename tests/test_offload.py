@@ -126,6 +126,24 @@ def test_whatever_reads_the_average_waits_for_it(offloaded, monkeypatch):
         value += 1
 
 
+def test_a_loan_of_another_average_waits_for_it(offloaded, monkeypatch):
+    network = torch.nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        network.weight.fill_(0.0)
+    other, average = WeightAverage(network), WeightAverage(network, Constant(0.5))
+    gate = Gate(monkeypatch)
+    with torch.no_grad():
+        network.weight.fill_(1.0)
+    average.step()
+    thread = average._course.pairing._absorption._offload._thread
+    join = thread.join
+    thread.join = lambda: (gate.open.set(), join())
+    with other.lent():
+        gate.open.set()
+        assert network.weight.item() == 0
+        assert dict(average.named_tensors())["weight"].item() == 0.5
+
+
 def test_what_the_next_forward_pass_writes_to_is_averaged_as_it_was_at_the_step(offloaded, monkeypatch):
     network = torch.nn.Sequential(torch.nn.Embedding(1, 2, max_norm=1.0), torch.nn.BatchNorm1d(2, momentum=1.0))
     average = WeightAverage(network, Constant(0.0))

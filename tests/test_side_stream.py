@@ -10,7 +10,7 @@ import torch
 from helpers import Regression, TwoOptimizers, ema, equal, fit, seeded
 from torch import nn
 
-from lightning_ema import Constant, WeightAverage, absorption
+from lightning_ema import Constant, WeightAverage, absorption, before_step
 from lightning_ema.side_stream import SideStream
 
 CPU = torch.device("cpu")
@@ -113,16 +113,62 @@ def test_an_update_that_fails_half_way_is_waited_for(streams):
     assert streams.told == ["training waits", "first half"]
 
 
-def test_finished_updates_leave_no_hook_behind(streams):
-    from torch.optim.optimizer import _global_optimizer_pre_hooks
-
-    before = len(_global_optimizer_pre_hooks)
+def test_finished_updates_leave_no_work_behind(streams):
     side = SideStream(CPU, streams)
     for _ in range(3):
         side.submit(lambda: None)
-    assert len(_global_optimizer_pre_hooks) == before + 1
+    assert len(before_step._works) == 1
     side.finish()
-    assert len(_global_optimizer_pre_hooks) == before
+    assert len(before_step._works) == 0
+
+
+def test_two_averages_wait_before_the_same_step(streams):
+    module = nn.ParameterList([weight(1.0)])
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    averages = [WeightAverage(module, Constant(decay), overlap=True) for decay in (0.5, 0.0)]
+    for _ in range(2):  # the weights go 0, -1
+        module[0].sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for average in averages:
+            average.step()
+    assert [dict(average.named_tensors())["0"].tolist() for average in averages] == [[-0.25, -0.25], [-1.0, -1.0]]
+
+
+@pytest.mark.parametrize("act", ["deliver", "apply"])
+def test_another_average_of_the_module_is_written_to_it_behind_the_update(streams, act):
+    module = nn.ParameterList([weight(0.0)])
+    other, average = WeightAverage(module), WeightAverage(module, Constant(0.5), overlap=True)
+    with torch.no_grad():
+        module[0].fill_(1.0)
+    average.step()
+    getattr(other, act)()
+    assert module[0].tolist() == [0.0, 0.0]
+    assert dict(average.named_tensors())["0"].tolist() == [0.5, 0.5]
+
+
+def test_weights_of_several_dtypes_are_averaged_beside_together(streams):
+    module = nn.ParameterList([weight(0.0), weight(0.0).bfloat16()])
+    average = WeightAverage(module, Constant(0.5), overlap=True)
+    with torch.no_grad():
+        for parameter in module:
+            parameter.fill_(1.0)
+    average.step()
+    assert streams.told == ["behind training"]  # nothing is waited for
+    assert len(streams.queue) == 2
+    assert [tensor.tolist() for _, tensor in average.named_tensors()] == [[0.5, 0.5], [0.5, 0.5]]
+
+
+def test_what_moves_the_module_after_a_fit_comes_behind_the_update(streams):
+    module = nn.ParameterList([weight(0.0)])
+    average = WeightAverage(module, Constant(0.5), overlap=True)
+    with torch.no_grad():
+        module[0].fill_(1.0)
+    average.step()
+    average.release()
+    with torch.no_grad():
+        module[0].fill_(9.0)
+    assert dict(average.named_tensors())["0"].tolist() == [0.5, 0.5]
 
 
 def lent(average, module):

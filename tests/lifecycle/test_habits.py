@@ -19,6 +19,7 @@ from helpers import (
     trainer,
 )
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_ema import Constant, Cosine, EMACallback, WeightAverage
@@ -390,6 +391,24 @@ def test_parameters_replaced_together_with_their_optimizer_go_on_counting():
     callback = ema()
     fit(seeded(Replaces, norm=False), callback, limit_val_batches=0, max_epochs=3)
     assert callback.average.num_steps == 3 * BATCHES
+
+
+@pytest.mark.parametrize("width", [8, 16])
+def test_a_layer_replaced_at_the_end_of_an_epoch_is_saved_as_it_is(width, tmp_path):
+    class Grows(Regression):
+        def on_train_epoch_end(self):
+            self.net[0], self.net[4] = nn.Linear(4, width), nn.Linear(width, 1)
+            self.trainer.strategy.setup_optimizers(self.trainer)
+            self.grown = clones(self.named_parameters())
+
+    module = seeded(Grows, norm=False)
+    file = ModelCheckpoint(tmp_path, save_on_train_epoch_end=True)
+    fit(module, ema(), file, limit_val_batches=0, max_epochs=1, enable_checkpointing=True)
+    resumed = seeded(Grows, norm=False)
+    resumed.net[0], resumed.net[4] = nn.Linear(4, width), nn.Linear(width, 1)
+    start = Start()
+    fit(resumed, ema(), start, limit_val_batches=0, ckpt_path=file.best_model_path)
+    assert equal(start.start, module.grown)
 
 
 def test_files_of_a_subclass_are_files_of_ours(tmp_path):
