@@ -16,6 +16,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import pytorch_lightning
 import torch
 from packaging.version import parse
 
@@ -113,7 +114,7 @@ def ultralytics():
     with standing_in("cv2", "torchvision", "polars"):
         return types.SimpleNamespace(
             **take("ultralytics.utils.torch_utils", "ModelEMA", "strip_optimizer"),
-            **take("ultralytics.nn.tasks", "DetectionModel"),
+            **take("ultralytics.nn.tasks", "DetectionModel", "yaml_model_load"),
             **take("ultralytics.engine.trainer", "BaseTrainer"),
             **take("ultralytics.cfg", "get_cfg"),
         )
@@ -124,7 +125,7 @@ def yolov5():
     installed("yolov5")
     with standing_in("cv2", "pkg_resources", "seaborn", "thop", "torchvision", "polars"):
         return types.SimpleNamespace(
-            **take("yolov5.utils.torch_utils", "ModelEMA"),
+            **take("yolov5.utils.torch_utils", "ModelEMA", "smart_resume"),
             **take("yolov5.utils.general", "strip_optimizer"),
             **take("yolov5.utils.loss", "ComputeLoss"),
             **take("yolov5.models.yolo", "DetectionModel"),
@@ -136,6 +137,20 @@ def yolov5():
 def lit_ema():
     """The class of the latent diffusion models."""
     return peer("ldm.modules.ema").LitEma
+
+
+@functools.cache
+def latent_diffusion():
+    """The latent diffusion models' own LightningModules; ``rank_zero_only`` lies elsewhere in newer Lightning."""
+    for name in ("ldm", "einops", "omegaconf", "transformers"):
+        installed(name)
+    place = "pytorch_lightning.utilities.distributed"
+    moved = types.ModuleType(place)
+    moved.rank_zero_only = pytorch_lightning.utilities.rank_zero_only
+    with standing_in("kornia", "open_clip", "torchvision"), mock.patch.dict(sys.modules, {place: moved}):
+        return types.SimpleNamespace(
+            **take("ldm.models.autoencoder", "AutoencoderKL"), **take("ldm.models.diffusion.ddpm", "DDPM")
+        )
 
 
 def alone(name, file):
