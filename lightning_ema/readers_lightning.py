@@ -109,11 +109,13 @@ def nemo(content: Content) -> Found | None:
             "the file is NeMo's, but its state_dict is live, and the averages beside it have no names. Give the file "
             "that was written with it, whose name ends in -EMA.ckpt; this one then goes with --live."
         )
+    steps, every = int(states[0]["current_step"]), int(states[0].get("every_n_steps", 1))
     return Found(
         "nemo",
         "opt, ema and current_step in the optimizer's state, as NeMo's EMA writes them, with ema equal to state_dict",
         weights,
-        steps=count_of(states[0]["current_step"]),
+        steps=steps,
+        updates=-(-steps // every),  # at the steps 1, every + 1, 2 * every + 1, ...
         decay=warmup_of(states[0].get("decay"), counts=False),
         checkpoint={**_without_callbacks(content, "EMA"), "optimizer_states": [dict(s["opt"]) for s in states]},
     )

@@ -66,12 +66,12 @@ class Reference:
         return self.average
 
 
-def assert_follows(system, recipe, compare_from=1, make=net, walk=walk):
+def assert_follows(system, recipe, compare_from=1, make=net, walk=walk, counted_before=0):
     """Goes through at least 40 compared states with ``system`` and with ``WeightAverage(**recipe)``.
 
     ``system`` has ``begin(module)``, ``update(module)`` and ``tensors()``: by name what its average holds now. The
     average is read as evaluations see it, off the module that carries it. ``make`` and ``walk`` give the module and its
-    states.
+    states. ``counted_before``: steps that are counted before the first state, which shifts the interval.
     """
     module = make()
     system.begin(module)
@@ -80,7 +80,7 @@ def assert_follows(system, recipe, compare_from=1, make=net, walk=walk):
     for n in walk(module, compare_from - 1 + STATES):
         live = {name: tensor.clone() for name, tensor in module.state_dict().items()}
         system.update(module)
-        average.step()
+        average.step(1 + counted_before if n == 1 else 1)
         if n < compare_from:
             continue
         with average.lent():

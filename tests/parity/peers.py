@@ -1,36 +1,17 @@
 """The other systems behind one face: ``begin(module)``, ``update(module)``, ``tensors()``."""
 
-import importlib
-import importlib.util
-import os
-from pathlib import Path
+import copy
+import types
 
-import pytest
+import packages
 import torch
-from helpers import EMAWeightAveraging, trainer
+from helpers import EMAWeightAveraging, clones, trainer
 from lightning.pytorch import Callback, LightningModule, seed_everything
+from packages import peer
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 from trajectory import STATES, Net, net
-
-
-def peer(name):
-    """The package, if it is installed. Under REQUIRE_PEERS (set by ``make test-peers``) a missing one is an error."""
-    if os.environ.get("REQUIRE_PEERS"):
-        return importlib.import_module(name)
-    return pytest.importorskip(name, reason=f"{name} is not installed; `make test-peers` installs it")
-
-
-def timm_model_ema():
-    """timm's ``utils/model_ema.py`` alone: the package itself imports torchvision."""
-    spec = importlib.util.find_spec("timm")
-    if spec is None:
-        peer("timm")
-    file = Path(spec.origin).parent / "utils" / "model_ema.py"
-    alone = importlib.util.spec_from_file_location("timm_model_ema", file)
-    module = importlib.util.module_from_spec(alone)
-    alone.loader.exec_module(module)
-    return module
 
 
 def floats(module):
@@ -38,13 +19,14 @@ def floats(module):
 
 
 class Mmengine:
-    """One of its averaged models, called as its EMAHook does: from ``begin_iter`` on."""
+    """One of its averaged models, or mmdetection 3's, called as its EMAHook does: from ``begin_iter`` on."""
 
     def __init__(self, name, begin_iter=0, **settings):
         self.name, self.begin_iter, self.settings, self.calls = name, begin_iter, settings, 0
 
     def begin(self, module):
-        self.average = getattr(peer("mmengine.model"), self.name)(module, **self.settings)
+        package = packages.mmdet() if self.name == "ExpMomentumEMA" else peer("mmengine.model")
+        self.average = getattr(package, self.name)(module, **self.settings)
 
     def update(self, module):
         self.calls += 1
@@ -62,7 +44,7 @@ class Timm:
         self.settings, self.step = settings, 0
 
     def begin(self, module):
-        self.average = timm_model_ema().ModelEmaV3(module, **self.settings)
+        self.average = packages.timm_model_ema().ModelEmaV3(module, **self.settings)
 
     def update(self, module):
         self.step += 1
@@ -149,16 +131,14 @@ class Trained(Net, LightningModule):
         return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=0.05)
 
 
-class Lightning(Callback):
-    """``EMAWeightAveraging`` in a Trainer: what it held after each batch, and the live weights to go through again."""
+class InTrainer(Callback):
+    """A callback of another system in a Trainer: its averages after each batch, and the live weights they came from."""
 
-    def __init__(self, steps=STATES, **settings):
-        self.use_buffers = settings.get("use_buffers", True)
-        self.states, self.averages, self.step = [], [], 0
-        self.averaging = EMAWeightAveraging(**settings)
+    def __init__(self, theirs, held, steps=STATES):
+        self.theirs, self.held, self.states, self.averages, self.step = theirs, held, [], [], 0
         seed_everything(3, verbose=False)
         data = DataLoader(TensorDataset(torch.randn(8 * steps, 3)), batch_size=8)
-        trainer(self.averaging, self, max_epochs=1).fit(self.make(), data)
+        trainer(theirs, self, max_epochs=1).fit(self.make(), data)
 
     @staticmethod
     def make():
@@ -167,10 +147,8 @@ class Lightning(Callback):
         return module
 
     def on_train_batch_end(self, trainer, pl_module, *_):
-        self.states.append({name: tensor.clone() for name, tensor in pl_module.state_dict().items()})
-        held = self.averaging._average_model.module
-        tensors = floats(held) if self.use_buffers else dict(held.named_parameters())
-        self.averages.append({name: tensor.detach().clone() for name, tensor in tensors.items()})
+        self.states.append(clones(pl_module.state_dict()))
+        self.averages.append(clones(self.held(trainer, pl_module)))
 
     def walk(self, module, states):
         for n, state in enumerate(self.states[:states], start=1):
@@ -185,3 +163,108 @@ class Lightning(Callback):
 
     def tensors(self):
         return self.averages[self.step - 1]
+
+
+def lightning_ema(steps=STATES, **settings):
+    """Lightning's ``EMAWeightAveraging``."""
+    averaging = EMAWeightAveraging(**settings)
+
+    def held(trainer, pl_module):
+        module = averaging._average_model.module
+        return floats(module) if settings.get("use_buffers", True) else dict(module.named_parameters())
+
+    return InTrainer(averaging, held, steps)
+
+
+def nemo_ema(steps=STATES, **settings):
+    """NeMo's ``EMA``, as it puts the average into the module: frozen weights and buffers are the live ones."""
+
+    def held(trainer, pl_module):
+        (optimizer,) = trainer.optimizers
+        with optimizer.swap_ema_weights():
+            return clones(floats(pl_module))
+
+    return InTrainer(packages.nemo().EMA(**settings), held, steps)
+
+
+class Yolo:
+    """``ModelEMA`` of ultralytics or yolov5."""
+
+    def __init__(self, package, **settings):
+        self.package, self.settings = package, settings
+
+    def begin(self, module):
+        self.average = getattr(packages, self.package)().ModelEMA(module, **self.settings)
+
+    def update(self, module):
+        self.average.update(module)
+
+    def tensors(self):
+        return floats(self.average.ema)
+
+
+class LitEma:
+    """``LitEma``, read as its users lend it: frozen weights and buffers are the live ones."""
+
+    def __init__(self, **settings):
+        self.settings = settings
+
+    def begin(self, module):
+        self.module, self.average = module, packages.lit_ema()(module, **self.settings)
+
+    def update(self, module):
+        self.average(module)
+
+    def tensors(self):
+        self.average.store(self.module.parameters())
+        self.average.copy_to(self.module)
+        lent = clones(floats(self.module))
+        self.average.restore(self.module.parameters())
+        return lent
+
+
+class Mmdet2:
+    """One of mmdetection 2's hooks, called as by mmcv's runner. It puts its averages into the model, here a copy."""
+
+    def __init__(self, name, **settings):
+        self.name, self.settings = name, settings
+
+    def begin(self, module):
+        with packages.mmdet2() as mmdet2:
+            self.hook = getattr(mmdet2, self.name)(**self.settings)
+        self.runner = types.SimpleNamespace(model=copy.deepcopy(module), iter=0)
+        self.hook.before_run(self.runner)
+
+    def update(self, module):
+        self.runner.model.load_state_dict(module.state_dict(), strict=False)
+        self.hook.after_train_iter(self.runner)
+        self.runner.iter += 1
+
+    def tensors(self):
+        buffers = dict(self.runner.model.named_buffers())
+        named = {name: buffers[buffer] for name, buffer in self.hook.param_ema_buffer.items()}
+        return {name: tensor for name, tensor in named.items() if tensor.is_floating_point()}
+
+
+class MeanTeacher:
+    """mmdetection 3's ``MeanTeacherHook``, called as by mmengine's runner."""
+
+    def __init__(self, **settings):
+        self.settings, self.skip_buffer = settings, settings.get("skip_buffer", True)
+
+    def begin(self, module):
+        self.hook = packages.mmdet().MeanTeacherHook(**self.settings)
+        teacher = copy.deepcopy(module)
+        for parameter in teacher.parameters():
+            torch.nn.init.ones_(parameter)
+        self.runner = types.SimpleNamespace(model=nn.Module(), iter=0)
+        self.runner.model.student, self.runner.model.teacher = module, teacher
+        self.hook.before_train(self.runner)
+
+    def update(self, module):
+        self.hook.after_train_iter(self.runner, self.runner.iter)
+        self.runner.iter += 1
+
+    def tensors(self):
+        teacher = self.runner.model.teacher
+        return dict(teacher.named_parameters()) if self.skip_buffer else floats(teacher)

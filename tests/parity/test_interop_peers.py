@@ -1,13 +1,13 @@
 """Files that the systems themselves write, read back: the same tensors, the live weights, the steps."""
 
-import importlib.util
-import sys
 import types
 
+import packages
 import pytest
 import torch
 from helpers import equal
-from peers import Diffusers, EmaPytorch, Mmengine, Timm, TorchEma, peer
+from packages import peer
+from peers import Diffusers, EmaPytorch, Mmengine, Timm, TorchEma
 from trajectory import net, walk
 
 from lightning_ema import interop
@@ -43,24 +43,11 @@ def assert_holds(found, system, module, steps):
     assert found.steps == steps
 
 
-def mmengine_hook():
-    """mmengine's own hook; the package of hooks imports OpenCV, of which this one has no use."""
-    peer("mmengine.model")
-    missing = importlib.util.find_spec("cv2") is None and "cv2" not in sys.modules
-    if missing:
-        sys.modules["cv2"] = types.ModuleType("cv2")
-    try:
-        return peer("mmengine.hooks").EMAHook
-    finally:
-        if missing:
-            del sys.modules["cv2"]
-
-
 @pytest.mark.parametrize("update_buffers", [True, False])
 def test_mmengine(update_buffers, tmp_path):
     system = Mmengine("ExponentialMovingAverage", momentum=0.2, update_buffers=update_buffers)
     module = run(system)
-    hook = mmengine_hook()()
+    hook = packages.mmengine_hook()()
     hook.ema_model, hook.src_model = system.average, module
     content = {"meta": {}, "state_dict": dict(module.state_dict())}
     hook.before_save_checkpoint(types.SimpleNamespace(), content)

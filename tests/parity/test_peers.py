@@ -2,10 +2,23 @@
 
 import pytest
 from helpers import needs_weight_averaging
-from peers import Diffusers, EmaPytorch, Lightning, Mmengine, Timm, Torch, TorchEma
+from peers import (
+    Diffusers,
+    EmaPytorch,
+    LitEma,
+    MeanTeacher,
+    Mmdet2,
+    Mmengine,
+    Timm,
+    Torch,
+    TorchEma,
+    Yolo,
+    lightning_ema,
+    nemo_ema,
+)
 from trajectory import STATES, assert_follows
 
-from lightning_ema import recipes
+from lightning_ema import Constant, recipes
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what the packages and a Trainer have to say of themselves
 
@@ -36,6 +49,51 @@ def test_mmengine_annealing(settings, momentum, gamma):
     system = Mmengine("MomentumAnnealingEMA", momentum=momentum, gamma=gamma, **settings)
     recipe = recipes.mmengine_annealing(momentum, gamma, **settings)
     assert_follows(system, recipe, compare_from=max(1, settings["begin_iter"]))
+
+
+@pytest.mark.parametrize(("momentum", "gamma"), [(0.0002, 2000), (0.2, 10)])
+@pytest.mark.parametrize("settings", MMENGINE)
+def test_mmdet_exp_momentum(settings, momentum, gamma):
+    system = Mmengine("ExpMomentumEMA", momentum=momentum, gamma=gamma, **settings)
+    recipe = recipes.mmdet_exp_momentum(momentum, gamma, **settings)
+    assert_follows(system, recipe, compare_from=max(1, settings["begin_iter"]))
+
+
+@pytest.mark.parametrize("settings", [{}, {"momentum": 0.1, "interval": 3}, {"momentum": 0.2, "skip_buffer": False}])
+def test_mean_teacher_hook(settings):
+    assert_follows(MeanTeacher(**settings), recipes.mean_teacher_hook(**settings))
+
+
+@pytest.mark.parametrize("skip_buffers", [True, False])
+@pytest.mark.parametrize("interval", [1, 3])
+@pytest.mark.parametrize(
+    ("hook", "recipe", "settings"),
+    [
+        ("BaseEMAHook", recipes.mmdet2_base, {"momentum": 0.01}),
+        ("ExpMomentumEMAHook", recipes.mmdet2_exp, {}),
+        ("ExpMomentumEMAHook", recipes.mmdet2_exp, {"total_iter": 10, "momentum": 0.2}),
+        ("LinearMomentumEMAHook", recipes.mmdet2_linear, {"momentum": 0.4, "warm_up": 20}),
+    ],
+)
+def test_mmdet2(hook, recipe, settings, interval, skip_buffers):
+    settings = {**settings, "interval": interval, "skip_buffers": skip_buffers}
+    assert_follows(Mmdet2(hook, **settings), recipe(**settings))
+
+
+@pytest.mark.parametrize("settings", [{}, {"decay": 0.9, "tau": 20}, {"decay": 0.99, "tau": 5.5, "updates": 30}])
+@pytest.mark.parametrize("package", ["ultralytics", "yolov5"])
+def test_yolo(package, settings):
+    assert_follows(Yolo(package, **settings), recipes.ultralytics(**settings))
+    if "tau" not in settings:
+        assert_follows(Yolo(package, **settings), recipes.yolov7(**settings))
+
+
+@pytest.mark.parametrize("counts", [True, False])
+@pytest.mark.parametrize("decay", [0.5, 0.9999])
+def test_lit_ema(decay, counts):
+    """It is torch_ema's, as far as the weights go; the argument's name has the letters that its package gives it."""
+    system = LitEma(decay=decay, use_num_upates=counts)
+    assert_follows(system, recipes.torch_ema(decay=decay, use_num_updates=counts))
 
 
 @pytest.mark.parametrize("foreach", [True, False])
@@ -116,6 +174,19 @@ def test_torch_averaged_model(use_buffers, every, first):
 def test_lightning_ema_weight_averaging(use_buffers, every, start, first):
     settings = {"decay": 0.9, "use_buffers": use_buffers, "update_every_n_steps": every}
     settings["update_starting_at_step"] = start
-    system = Lightning(steps=first - 1 + STATES, **settings)
+    system = lightning_ema(steps=first - 1 + STATES, **settings)
     recipe = recipes.lightning_ema_weight_averaging(**settings)
     assert_follows(system, recipe, compare_from=first, make=system.make, walk=system.walk)
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.99])
+def test_nemo(decay):
+    system = nemo_ema(decay=decay)
+    assert_follows(system, {"decay": Constant(decay), "buffers": "copy"}, make=system.make, walk=system.walk)
+
+
+def test_nemo_at_an_interval_begins_with_the_first_step():
+    """Its updates come after the steps 1, 4, 7, ...: those of an average that counted two before."""
+    system = nemo_ema(decay=0.8, every_n_steps=3)
+    ours = {"decay": Constant(0.8), "buffers": "copy", "every_n_steps": 3, "decay_per": "update"}
+    assert_follows(system, ours, make=system.make, walk=system.walk, counted_before=2)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import clones, ema, loader, trainer
 from lightning.pytorch import LightningModule
-from peers import peer
+from packages import peer
 from safetensors.torch import load_file
 from torch import nn
 
