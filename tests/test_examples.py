@@ -114,8 +114,8 @@ def test_the_cli_project_saves_what_it_scores_and_resumes(module, tmp_path, monk
         accuracy = (best(data.held_out.tensors[0]).argmax(1) == data.held_out.tensors[1]).float().mean().item()
     assert accuracy == pytest.approx(max(float(row["val_accuracy"]) for row in rows), abs=1e-6)
 
-    main.main(["fit", *quiet, "--trainer.max_epochs=3", f"--ckpt_path={folder / 'last.ckpt'}"])
+    main.main(["fit", *quiet, "--trainer.max_epochs=3", f"--ckpt_path={folder / 'resume.ckpt'}"])
     (again,) = (path for path in tmp_path.glob("runs/averages/*/checkpoints") if path != folder)
-    entry = torch.load(again / "last.ckpt", weights_only=True)["callbacks"]["EMACallback{'name': 'ema'}"]
+    entry = torch.load(again / "resume.ckpt", weights_only=True)["callbacks"]["EMACallback{'name': 'ema'}"]
     assert entry["num_steps"] == 3 * 38  # 1,197 digits in batches of 32
     assert entry["config"]["decay"] == "[HalfLife(epochs=1.0), Warmup(0.99), Equal()]"
