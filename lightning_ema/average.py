@@ -241,6 +241,11 @@ class WeightAverage:
             RuntimeError: a loan is running already; loans do not nest. Or the module holds another average since
                 :meth:`deliver`, as after a fit; :meth:`lent` puts that down meanwhile.
         """
+        loan = self._next_loan(copy)
+        loan.begin()
+        return loan
+
+    def _next_loan(self, copy: bool) -> Loan:
         self._course.refuse_during_loan("lend")
         if self._another_delivered():
             raise RuntimeError(
@@ -259,8 +264,9 @@ class WeightAverage:
         Where the module holds another average, as after a fit, it holds that one again afterwards.
         """
         with self._put_down("delivery") if self._another_delivered() else nullcontext():
-            loan = self.lend(copy)
+            loan = self._next_loan(copy)
             try:
+                loan.begin()
                 yield self.module
             finally:
                 loan.recall()
@@ -318,6 +324,11 @@ class WeightAverage:
         self._course.refuse_during_loan("deliver")
         self._course.lender = self._place
         self._course.delivery = self._loan_of(self._to_lend(), in_place=True)
+        try:
+            self._course.delivery.begin()
+        except BaseException:
+            self.take_back()
+            raise
 
     def take_back(self) -> None:
         """Brings the live weights back after :meth:`deliver`; without one it does nothing."""

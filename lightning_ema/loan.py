@@ -56,26 +56,35 @@ class Loan:
         settle: Callable[[], None],
         reconcile: Reconcile | None,
     ) -> None:
+        self._averages = averages
+        self._copy = copy
+        self._in_place = in_place
+        self._settle = settle
+        self._reconcile = reconcile
         self._storages: Storages | None = None
         self._lent: dict[str, _Lent] = {}  # the rest: what is not plain
-        self._settle = settle
+        self.active = False
+
+    def begin(self) -> None:
+        """Lends. Whoever calls this holds the loan already, so that Ctrl-C right after it leaves it to be recalled."""
+        averages, self._averages = self._averages, ()
         self.active = True
         torch.clear_autocast_cache()  # else an autocast region open across the loan goes on with casts of live weights
         try:
             with torch.inference_mode(False), torch.no_grad():
                 as_before_step()  # updates of other averages still read the live weights
                 stored = list(averages)
-                if not copy and not in_place:
+                if not self._copy and not self._in_place:
                     self._storages = Storages([each for each in stored if each[0].plain])
                     self._storages.lend()
                     stored = [each for each in stored if not each[0].plain]
                 # where memory is shared in part, all live values are taken before any of it is written to
                 kept = {pair.name: pair.live.data.clone() for pair, _ in stored if pair.crossed}
                 for pair, average in stored:
-                    buffers_apart = pair.candidate.is_buffer and reconcile is not None
-                    self._lend(pair, average, copy or buffers_apart, in_place, kept.get(pair.name))
-                if reconcile is not None:
-                    reconcile_([pair.live.data for pair, _ in stored if pair.candidate.is_buffer], reconcile)
+                    buffers_apart = pair.candidate.is_buffer and self._reconcile is not None
+                    self._lend(pair, average, self._copy or buffers_apart, self._in_place, kept.get(pair.name))
+                if self._reconcile is not None:
+                    reconcile_([pair.live.data for pair, _ in stored if pair.candidate.is_buffer], self._reconcile)
         except BaseException:
             self.end()
             raise

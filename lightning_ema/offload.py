@@ -65,7 +65,8 @@ class Offload:
         """
         if self._thread is None:
             return
-        self._thread.join()
+        if self._thread.ident is not None:  # else the system had no thread to give, and submit() has said so
+            self._thread.join()
         self._thread = None  # after the join, which Ctrl-C may interrupt
         if self._hook is not None:
             self._hook.remove()

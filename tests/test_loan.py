@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lightning_ema import Constant, WeightAverage
+from lightning_ema.loan import Loan
 
 
 def flat_buffer(net):
@@ -143,6 +144,33 @@ def test_the_loan_ends_with_the_block_whatever_is_raised():
         raise KeyboardInterrupt
     assert same(snapshot(net), live)
     assert average.loan is None
+
+
+def within(average):
+    with average.lent():
+        pass
+
+
+@pytest.mark.parametrize("act", [WeightAverage.lend, within, WeightAverage.deliver])
+def test_a_loan_that_ctrl_c_follows_at_once_can_be_recalled(act, monkeypatch):
+    begin = Loan.begin
+
+    def interrupted(loan):
+        begin(loan)
+        raise KeyboardInterrupt
+
+    net = nn.Linear(1, 1)
+    average = WeightAverage(net)
+    perturb(net)
+    live = snapshot(net)
+    monkeypatch.setattr(Loan, "begin", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        act(average)
+    assert act is WeightAverage.lend or average.loan is None
+    if average.loan is not None:
+        average.loan.recall()
+    assert not average.delivered
+    assert same(snapshot(net), live)
 
 
 @pytest.mark.parametrize("failing", range(4))

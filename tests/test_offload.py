@@ -84,6 +84,20 @@ def test_an_error_in_the_thread_reaches_training():
     offload.finish()  # once
 
 
+def test_a_thread_that_cannot_be_started_is_not_waited_for(monkeypatch):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    offload, average = Offload(), torch.zeros(3)
+    with monkeypatch.context() as no_threads:
+        no_threads.setattr(threading.Thread, "start", start)
+        with pytest.raises(RuntimeError, match="can't start"):
+            offload.submit([Update([[average]], [parameter(1.0)], [0.5])])
+    offload.submit([Update([[average]], [parameter(1.0)], [0.5])])
+    offload.finish()
+    assert average.tolist() == [0.5, 0.5, 0.5]
+
+
 def test_copies_have_no_thread(monkeypatch):
     gate = Gate(monkeypatch)
     average = torch.zeros(3)
