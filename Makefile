@@ -60,14 +60,22 @@ $(OLDEST)/ready: pyproject.toml constraints.txt constraints-oldest.txt
 	@touch $@
 
 # without their dependencies: these would bring torchvision, opencv and another torch
-PEERS := accelerate diffusers ema-pytorch mmengine peft timm tokenizers torch-ema transformers
+PEERS := accelerate diffusers einops ema-pytorch mmcv-lite mmdet mmengine nemo_toolkit peft stable-diffusion-sdkit \
+	timm tokenizers torch-ema transformers ultralytics yolov5
+# mmdetection 2 in a folder of its own, since its packages have the names of mmdetection 3's; its mmcv is built there,
+# by a setuptools that still has pkg_resources
+MMDET2 := mmcv==1.7.2 mmdet==2.28.2
+ALONE := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-compile --upgrade
 PEERS_IMPORT := addict huggingface_hub importlib_metadata psutil regex requests rich termcolor yapf
-test-peers: $(VENV)/peers  ## run recipes, imports and adapters against the systems themselves (mmengine, timm, peft, ...)
+test-peers: $(VENV)/peers  ## run recipes, imports and adapters against the systems themselves (mmdet, timm, YOLO, ...)
 	@REQUIRE_PEERS=1 $(BIN)/python -m pytest -q tests/parity
 
 $(VENV)/peers: $(VENV)/ready
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(PEERS_IMPORT)
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps $(PEERS)
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --no-compile $(PEERS)
+	@$(ALONE) --target $(VENV)/mmdet2-build setuptools==80.9.0
+	@PYTHONPATH=$(VENV)/mmdet2-build $(ALONE) --target $(VENV)/mmdet2 --no-build-isolation $(MMDET2)
+	@rm -r $(VENV)/mmdet2-build
 	@touch $@
 
 bench: setup  ## print what averaging costs, beside what other systems cost (10 minutes; test-peers installs them)

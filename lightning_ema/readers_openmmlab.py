@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 from lightning_ema.found import (
     Content,
@@ -37,12 +38,13 @@ def mmengine(content: Content) -> Found | None:
 def mmdet2(content: Content) -> Found | None:
     """mmdetection 2 at the end of an epoch: plain names hold the average, ``ema_<name with _ for .>`` live weights."""
     plain, beside = _mmdet2(content)
-    if not beside:
+    ahead = _ahead(plain, beside)
+    if not beside or ahead == "plain":
         return None
     return Found(
         "mmdet2",
         "state_dict holds ema_<name> beside <name>, and mmdetection 2 had exchanged the two before it saved, as at the "
-        "end of an epoch: <name> is the average",
+        f"end of an epoch{_counted(ahead)}: <name> is the average",
         _with_integers_of(beside, plain),
         {**plain, **beside},
         steps=_iterations(content),
@@ -52,15 +54,17 @@ def mmdet2(content: Content) -> Found | None:
 def mmdet2_mid_epoch(content: Content) -> Found | None:
     """mmdetection 2 inside an epoch, or in a run by iterations: plain names are live, ``ema_<name>`` the average."""
     plain, beside = _mmdet2(content)
-    if not beside:
+    ahead = _ahead(plain, beside)
+    if not beside or ahead == "beside":
         return None
+    before = _iterations(content)  # the iteration in which it saves is not counted yet
     return Found(
         "mmdet2_mid_epoch",
         "state_dict holds ema_<name> beside <name>, and was saved in the middle of an epoch or by iterations, where "
-        "mmdetection 2 has not exchanged the two: ema_<name> is the average",
+        f"mmdetection 2 has not exchanged the two{_counted(ahead)}: ema_<name> is the average",
         _with_integers_of(plain, {**plain, **beside}),
         plain,
-        steps=_iterations(content),
+        steps=None if before is None else before + 1,
     )
 
 
@@ -84,6 +88,19 @@ def mean_teacher(content: Content) -> Found | None:
 def _iterations(content: Content) -> int | None:
     meta = content.get("meta")
     return count_of(meta.get("iter")) if isinstance(meta, Mapping) else None
+
+
+def _ahead(plain: Weights, beside: Weights) -> Literal["plain", "beside"] | None:
+    """The side on which BatchNorm has counted more batches: the live one. None where the counts do not tell."""
+    names = [name for name in beside if name.endswith("num_batches_tracked")]
+    more = [int(plain[name]) - int(beside[name]) for name in names]
+    if max(more, default=0) * min(more, default=0) < 0 or not any(more):
+        return None
+    return "plain" if max(more) > 0 else "beside"
+
+
+def _counted(ahead: str | None) -> str:
+    return "" if ahead is None else " (num_batches_tracked tells which are live)"
 
 
 def _with_integers_of(live: Weights, average: Weights) -> Weights:

@@ -76,7 +76,7 @@ def mmdet2():
 
 def mmdet2_mid_epoch():
     beside = {b: AVERAGE[n] if AVERAGE[n].is_floating_point() else torch.tensor(0) for b, n in BUFFERS.items()}
-    return {"meta": {"iter": 7}, "state_dict": {**LIVE, **beside}}
+    return {"meta": {"iter": 6}, "state_dict": {**LIVE, **beside}}  # it saves before it counts
 
 
 def mean_teacher():
@@ -143,8 +143,8 @@ LIVE_INTEGERS = {n: AVERAGE[n] if AVERAGE[n].is_floating_point() else LIVE[n] fo
 # system: file, further arguments, the average, the live weights, steps
 LAYOUTS = {
     "mmengine": (mmengine, {}, AVERAGE, LIVE, 7),
-    "mmdet2": (mmdet2, {"system": "mmdet2"}, LIVE_INTEGERS, LIVE, 7),
-    "mmdet2_mid_epoch": (mmdet2_mid_epoch, {"system": "mmdet2_mid_epoch"}, LIVE_INTEGERS, LIVE, 7),
+    "mmdet2": (mmdet2, {}, LIVE_INTEGERS, LIVE, 7),
+    "mmdet2_mid_epoch": (mmdet2_mid_epoch, {}, LIVE_INTEGERS, LIVE, 7),
     "mean_teacher": (mean_teacher, {}, AVERAGE, LIVE, 7),
     "timm": (timm, {}, AVERAGE, LIVE, None),
     "yolo": (yolo, {"allow_code": True}, AVERAGE, LIVE, 7),
@@ -466,13 +466,31 @@ def test_an_unknown_file_is_told_what_is_known_and_what_it_holds():
         assert f"\n  {system}: " in message
 
 
-def test_both_readings_of_mmdetection_2_are_named():
+def uncounted(content):
+    """The file of a model without BatchNorm, or with one that does not count."""
+    return {**content, "state_dict": {n: t for n, t in content["state_dict"].items() if "tracked" not in n}}
+
+
+def test_both_readings_of_mmdetection_2_are_named_where_no_count_tells():
     with pytest.raises(ValueError, match=r"in several ways; choose with --system NAME .*\n  mmdet2: .*\n  mmdet2_mid_"):
-        interop.read(mmdet2())
+        interop.read(uncounted(mmdet2()))
+    plain = interop.read(uncounted(mmdet2()), system="mmdet2")
+    other = interop.read(uncounted(mmdet2_mid_epoch()), system="mmdet2_mid_epoch")
+    for found in (plain, other):
+        assert equal(found.weights, {n: t for n, t in AVERAGE.items() if "tracked" not in n})
     with pytest.raises(ValueError, match="no average is recognised in the file by the reader of timm"):
         interop.read(mmdet2(), system="timm")
     with pytest.raises(ValueError, match=r"system is 'yolov9'; accepted are 'weight_averaging'"):
         interop.read(mmdet2(), system="yolov9")
+
+
+def test_counts_of_mmdetection_2_that_contradict_each_other_or_its_name():
+    content = mmdet2()
+    content["state_dict"] |= {"b.num_batches_tracked": torch.tensor(3), "ema_b_num_batches_tracked": torch.tensor(1)}
+    with pytest.raises(ValueError, match=r"in several ways; choose with --system NAME"):
+        interop.read(content)
+    with pytest.raises(ValueError, match="no average is recognised in the file by the reader of mmdet2_mid_epoch"):
+        interop.read(mmdet2(), system="mmdet2_mid_epoch")
 
 
 def test_two_averages_in_one_file():

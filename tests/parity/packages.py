@@ -34,6 +34,7 @@ class StandIn(types.ModuleType):
     """A module that has whatever is asked of it, and of which nothing is used."""
 
     __path__ = ()
+    __version__ = "0.0"
 
     def __getattr__(self, name):
         if name.startswith("__"):
@@ -68,7 +69,11 @@ def standing_in(*names):
     Nor does what packages change for everybody when they are imported: the environment, the search path, ``torch.save``
     and how tensors are printed.
     """
-    finder, version = StandIns(names), importlib.metadata.version
+    finder, installed_version = StandIns(names), importlib.metadata.version
+
+    def version(name):
+        return StandIn.__version__ if name in finder.names else installed_version(name)
+
     printing = vars(torch._tensor_str.PRINT_OPTS).copy()
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -77,7 +82,9 @@ def standing_in(*names):
         mock.patch.object(sys, "path", list(sys.path)),
         mock.patch.object(sys, "meta_path", [*sys.meta_path, finder]),
         mock.patch.object(torch, "save", torch.save),
-        mock.patch.object(importlib.metadata, "version", lambda name: "0.0" if name in finder.names else version(name)),
+        mock.patch.object(
+            importlib.metadata, "version", lambda name: StandIn.__version__ if name in finder.names else version(name)
+        ),
     ):
         warnings.simplefilter("ignore")
         try:
@@ -142,12 +149,12 @@ def lit_ema():
 @functools.cache
 def latent_diffusion():
     """The latent diffusion models' own LightningModules; ``rank_zero_only`` lies elsewhere in newer Lightning."""
-    for name in ("ldm", "einops", "omegaconf", "transformers"):
+    for name in ("ldm", "einops", "transformers"):
         installed(name)
     place = "pytorch_lightning.utilities.distributed"
     moved = types.ModuleType(place)
     moved.rank_zero_only = pytorch_lightning.utilities.rank_zero_only
-    with standing_in("kornia", "open_clip", "torchvision"), mock.patch.dict(sys.modules, {place: moved}):
+    with standing_in("kornia", "omegaconf", "open_clip", "torchvision"), mock.patch.dict(sys.modules, {place: moved}):
         return types.SimpleNamespace(
             **take("ldm.models.autoencoder", "AutoencoderKL"), **take("ldm.models.diffusion.ddpm", "DDPM")
         )
@@ -180,7 +187,7 @@ def nemo():
     callbacks.EMA = ema.EMA
     common = types.ModuleType(above)
     with (
-        standing_in("hydra", "multistorageclient", "wrapt"),
+        standing_in("hydra", "multistorageclient", "omegaconf", "wrapt"),
         mock.patch.dict(sys.modules, {above: common, f"{above}.callbacks": callbacks}),
     ):
         return types.SimpleNamespace(
@@ -226,6 +233,6 @@ def mmdet2():
         importlib.invalidate_caches()
         hooks = alone("mmdet_core_hook_ema", MMDET2 / "mmdet" / "core" / "hook" / "ema.py")
         yield types.SimpleNamespace(
-            **take("mmcv.runner", "EpochBasedRunner", "IterBasedRunner", "IterLoader"),
+            **take("mmcv.runner", "EpochBasedRunner", "IterBasedRunner"),
             **{name: getattr(hooks, name) for name in ("BaseEMAHook", "ExpMomentumEMAHook", "LinearMomentumEMAHook")},
         )

@@ -39,7 +39,7 @@ def diffusion(**settings):
 
 
 def autoencoder(ema_decay=0.9):
-    """Its own ``AutoencoderKL``, which averages itself; with a simpler loss, and with one optimizer."""
+    """Its own ``AutoencoderKL``, which averages itself; the loss is simpler, and there is one optimizer."""
 
     class Autoencoder(packages.latent_diffusion().AutoencoderKL):
         def training_step(self, batch, batch_idx):
