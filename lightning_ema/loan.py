@@ -16,7 +16,7 @@ from lightning_ema.pair import Pair
 from lightning_ema.selection import Candidate, without_wrappers
 from lightning_ema.shards import is_sharded, local, version
 from lightning_ema.shares import Reconcile, reconcile_
-from lightning_ema.storages import Storages
+from lightning_ema.storage_loan import StorageLoan
 
 # How a tensor was lent, which says how it comes back:
 #   storage   the live storage is set aside, the tensor carries another one      -> set the live storage again
@@ -61,7 +61,7 @@ class Loan:
         self._in_place = in_place
         self._settle = settle
         self._reconcile = reconcile
-        self._storages: Storages | None = None
+        self._plain: StorageLoan | None = None
         self._lent: dict[str, _Lent] = {}  # the rest: what is not plain
         self.active = False
 
@@ -75,8 +75,8 @@ class Loan:
                 as_before_step()  # updates of other averages still read the live weights
                 stored = list(averages)
                 if not self._copy and not self._in_place:
-                    self._storages = Storages([each for each in stored if each[0].plain])
-                    self._storages.lend()
+                    self._plain = StorageLoan([each for each in stored if each[0].plain])
+                    self._plain.lend()
                     stored = [each for each in stored if not each[0].plain]
                 # where memory is shared in part, all live values are taken before any of it is written to
                 kept = {pair.name: pair.live.data.clone() for pair, _ in stored if pair.crossed}
@@ -112,8 +112,8 @@ class Loan:
         torch.clear_autocast_cache()
         self._settle()
         with torch.inference_mode(False), torch.no_grad():
-            if self._storages is not None:
-                self._storages.put_down()
+            if self._plain is not None:
+                self._plain.put_down()
             for lent in reversed(self._lent.values()):
                 _put_down(lent)
         try:
@@ -122,8 +122,8 @@ class Loan:
             torch.clear_autocast_cache()
             self._settle()
             with torch.inference_mode(False), torch.no_grad():
-                if self._storages is not None:
-                    self._storages.take_up()
+                if self._plain is not None:
+                    self._plain.take_up()
                 for lent in self._lent.values():
                     _take_up(lent)
 
@@ -136,15 +136,15 @@ class Loan:
                 while self._lent:  # one by one, so that one interrupted by Ctrl-C can be taken up again
                     _return(next(reversed(self._lent.values())))  # last lent first: storages may overlap
                     self._lent.popitem()
-                if self._storages is not None:
-                    self._storages.recall()
-                    self._storages = None
+                if self._plain is not None:
+                    self._plain.recall()
+                    self._plain = None
             self.active = False
 
     def written(self) -> list[str]:
         """The names of the parameters that were replaced, or written to, since they were lent."""
         self._settle()
-        plain = [] if self._storages is None else self._storages.written()
+        plain = [] if self._plain is None else self._plain.written()
         return plain + [
             name
             for name, lent in self._lent.items()
@@ -153,8 +153,8 @@ class Loan:
 
     def average_of(self, pair: Pair) -> Tensor | None:
         """Where the average is to be found that was lent; None where none was."""
-        if self._storages is not None and pair.name in self._storages:
-            return self._storages.average_of(pair.name)
+        if self._plain is not None and pair.name in self._plain:
+            return self._plain.average_of(pair.name)
         lent = self._lent.get(pair.name)
         if lent is None:
             return None
@@ -162,8 +162,8 @@ class Loan:
 
     def live_of(self, pair: Pair) -> Tensor:
         """Where the live tensor is to be found during the loan."""
-        if self._storages is not None and pair.name in self._storages:
-            return self._storages.live_of(pair.name)
+        if self._plain is not None and pair.name in self._plain:
+            return self._plain.live_of(pair.name)
         lent = self._lent.get(pair.name)
         return lent.live if lent is not None else pair.live.detach()
 

@@ -26,7 +26,7 @@ LAYERS = [
     },
     {"shares", "offload", "fused_kernel", "side_stream"},
     {"pair"},
-    {"storages"},
+    {"storage_loan"},
     {"settings", "loan", "fused", "footprint", "recalibration", "aside", "metrics", "spelling", "views"},
     {"absorption", "scoring"},
     {"pairing", "history"},

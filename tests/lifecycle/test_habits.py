@@ -24,7 +24,7 @@ from torch import nn
 
 from lightning_ema import Constant, Cosine, EMACallback, WeightAverage
 from lightning_ema import loan as loans
-from lightning_ema.storages import Storages
+from lightning_ema.storage_loan import StorageLoan
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -290,7 +290,7 @@ def test_ctrl_c_within_the_recall_itself(interrupted, monkeypatch):
 @pytest.mark.parametrize("after", [0, 1, 3])
 @pytest.mark.parametrize("call", range(1, 5), ids=["lend", "recall", "second lend", "second recall"])
 def test_ctrl_c_while_storages_are_exchanged(call, after, monkeypatch):
-    exchange, calls = Storages._set, iter(range(1, 10**6))
+    exchange, calls = StorageLoan._set, iter(range(1, 10**6))
 
     def interrupted_once(self, storages):
         if next(calls) == call:
@@ -299,7 +299,7 @@ def test_ctrl_c_while_storages_are_exchanged(call, after, monkeypatch):
             raise KeyboardInterrupt
         exchange(self, storages)
 
-    monkeypatch.setattr(Storages, "_set", interrupted_once)
+    monkeypatch.setattr(StorageLoan, "_set", interrupted_once)
     callback, module = ema(), seeded()
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         fit(module, callback, num_sanity_val_steps=0)

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_ema.pair import Pair
 
 
-class Storages:
+class StorageLoan:
     """Live tensors and averages of plain pairs, which exchange storage. No data moves.
 
     Where Ctrl-C comes in between, :meth:`recall` brings back what was lent so far.
