@@ -1,4 +1,4 @@
-"""Files of other systems, laid out as these document them: recognised, converted, and resumed from in a Trainer."""
+"""Files laid out as other systems do it: recognised, converted, resumed from. `parity/` has those that they write."""
 
 import contextlib
 import copy

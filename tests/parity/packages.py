@@ -15,6 +15,7 @@ import warnings
 from pathlib import Path
 from unittest import mock
 
+import numpy
 import pytest
 import pytorch_lightning
 import torch
@@ -67,30 +68,32 @@ def standing_in(*names):
     """Imports inside the block get stand-ins for these packages where they are missing; nothing of it stays behind.
 
     Nor does what packages change for everybody when they are imported: the environment, the search path, ``torch.save``
-    and how tensors are printed.
+    and how numbers are printed.
     """
     finder, installed_version = StandIns(names), importlib.metadata.version
 
     def version(name):
         return StandIn.__version__ if name in finder.names else installed_version(name)
 
-    printing = vars(torch._tensor_str.PRINT_OPTS).copy()
+    options = vars(torch._tensor_str.PRINT_OPTS)
+    printing = options.copy()
     with (
         tempfile.TemporaryDirectory() as folder,
         warnings.catch_warnings(),
+        numpy.printoptions(),
         mock.patch.dict(os.environ, {"YOLO_CONFIG_DIR": folder, **QUIET}),
         mock.patch.object(sys, "path", list(sys.path)),
-        mock.patch.object(sys, "meta_path", [*sys.meta_path, finder]),
         mock.patch.object(torch, "save", torch.save),
-        mock.patch.object(
-            importlib.metadata, "version", lambda name: StandIn.__version__ if name in finder.names else version(name)
-        ),
+        mock.patch.object(importlib.metadata, "version", version),
     ):
         warnings.simplefilter("ignore")
+        sys.meta_path.append(finder)
         try:
             yield
         finally:
-            vars(torch._tensor_str.PRINT_OPTS).update(printing)
+            sys.meta_path.remove(finder)
+            options.clear()
+            options.update(printing)
             for name in finder.made:
                 sys.modules.pop(name, None)
 
