@@ -60,10 +60,11 @@ class EMACallback(Callback):
         trainer = Trainer(callbacks=[EMACallback(decay=0.999)])
 
     Args:
-        decay, every_n_steps, start_step, decay_per, include, exclude, include_frozen, dtype, device, overlap,
-            on_nonfinite: as in :class:`~lightning_ema.WeightAverage`. A number ``d`` means ``Warmup(d)``; the bare
-            constant is ``Constant(d)``. A step is one step of an optimizer that trains averaged parameters. A list of
-            decays keeps one average for each; the first is evaluated and saved in ``state_dict``.
+        decay, every_n_steps, start_step, decay_per, include, exclude, include_frozen: as in
+            :class:`~lightning_ema.WeightAverage`. A number ``d`` means ``Warmup(d)``; the bare constant is
+            ``Constant(d)``. A step is one step of an optimizer that trains averaged parameters. A list of decays keeps
+            one average for each; the first is evaluated and saved in ``state_dict``.
+        dtype, device, overlap, on_nonfinite: as in :class:`~lightning_ema.WeightAverage`.
         buffers: besides ``"average"`` and ``"copy"``, ``"recalibrate"``: BatchNorm statistics are estimated anew from
             training batches before an evaluation or a save of the average, as ``torch.optim.swa_utils.update_bn``
             does; the live ones stay as they are. The module needs a ``forward`` that takes ``batch[0]`` or ``batch``.
