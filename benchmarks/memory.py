@@ -40,6 +40,13 @@ def resident() -> int:
         return int(file.read().split()[1]) * resource.getpagesize()
 
 
+def highest_so_far() -> int:
+    """Of this program. ``getrusage`` would count what its parent held before it was started, too."""
+    with open("/proc/self/status") as file:
+        (line,) = (line for line in file if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
 def added(name: str, module: nn.Module) -> str:
     """Shares of the bytes of the module: kept, and at the highest point of the second update."""
     whole = sum(p.nbytes for p in module.parameters())
@@ -53,9 +60,8 @@ def added(name: str, module: nn.Module) -> str:
         return peer
     peer.update()
     kept = resident() - before
-    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     peer.update()
-    return f"{kept / whole:.3f} {max(kept, highest - before) / whole:.3f}"
+    return f"{kept / whole:.3f} {max(kept, highest_so_far() - before) / whole:.3f}"
 
 
 def measured(name: str, kind: str) -> list[float | str]:
