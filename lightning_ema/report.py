@@ -152,8 +152,12 @@ def not_reached(facts: Facts) -> str | None:
 
 
 def start_left(facts: Facts) -> str | None:
-    """Where the average remembers the weights at its start."""
-    if facts.ages is None or facts.ages.start < LARGE_START:
+    """Where the average remembers the weights at its start, and these weigh more than the newest ones.
+
+    In an equal mean of a few states the start is one of them.
+    """
+    newest = 1 - facts.decay
+    if facts.ages is None or facts.ages.start < LARGE_START or facts.ages.start <= 1.01 * newest:
         return None
     return (
         f"{facts.ages.start:.0%} of the average is still the weights at its start: the decay is too high for so short "

@@ -18,6 +18,7 @@ from lightning_ema import (
     EMACallback,
     Equal,
     HalfLife,
+    InversePower,
     MeanTeacherConfig,
     MeanTeacherMixin,
     Power,
@@ -102,6 +103,15 @@ class TestSentences:
         assert "apart, which says little while the start weighs so much." in said(ages=Ages(99, 0.3678))
         assert "still the weights at its start" in said(ages=Ages(99, LARGE_START))
         assert "start" not in said(ages=Ages(99, LARGE_START - 1e-6))
+
+    @pytest.mark.parametrize("schedule", [Equal(), InversePower(1.0, power=1.0)])
+    def test_in_an_equal_mean_the_start_is_one_of_the_states(self, schedule):
+        average = WeightAverage(Regression(), schedule, start_step=2)
+        trained(average, (1,) * 11)
+        assert "start:" not in average.report()  # nine states or ten, of equal weight
+        constant = WeightAverage(Regression(), Constant(0.9), start_step=2)
+        trained(constant, (1,) * 11)
+        assert "39% of the average is still the weights at its start" in constant.report()  # 0.9 ** 9
 
     def test_distances(self):
         near = (
@@ -193,9 +203,8 @@ class TestFacts:
         # decays of 1/4: 8 -> 5 -> 29/4; the states 8, 4 and 8 weigh 1/16, 3/16, 3/4 and are 5, 3 and 1 steps old
         assert average.report() == (
             "5 steps, 2 updates with Constant(0.5). The decay ends at 0.5, a horizon of 2.0 steps; what is averaged is "
-            "1.6 steps old on average. 6% of the average is still the weights at its start: the decay is too high for "
-            "so short a run. Lower it, or warm it up (a plain number is). Live weights and average lie 0.45 of the "
-            "live weights' norm apart, which says little while the start weighs so much."
+            "1.6 steps old on average. Live weights and average lie 0.45 of the live weights' norm apart: far enough "
+            "for a gain, which only scoring both can tell (with EMACallback: evaluate='both')."
         )
 
     def test_it_changes_nothing_and_can_be_asked_at_any_time(self):
