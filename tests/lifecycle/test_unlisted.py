@@ -5,8 +5,9 @@ from contextlib import suppress
 
 import pytest
 import torch
-from helpers import BATCHES, clones, equal, fit, loader, seed_everything, seeded, trainer
+from helpers import BATCHES, Regression, clones, equal, fit, loader, seed_everything, seeded, trainer
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import BackboneFinetuning
 from test_teacher import Taught
 
 from lightning_ema import Bema, Constant, EMACallback, Equal, MeanTeacherConfig
@@ -132,3 +133,89 @@ def test_a_module_moved_after_a_fit_leaves_its_memory_behind(others):
     gc.collect()
     narrow = [each for each in gc.get_objects() if type(each) is torch.Tensor and each.dtype == torch.bfloat16]
     assert not [tensor for tensor in narrow if tensor.untyped_storage().data_ptr() in places]
+
+
+class Recorded(Callback):
+    """The live weights after each batch, and before the first."""
+
+    def __init__(self):
+        self.states = []
+
+    def on_train_start(self, trainer, pl_module):
+        self.states.append(clones(pl_module.named_parameters()))
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.states.append(clones(pl_module.named_parameters()))
+
+
+def averaged(states, name, first=0, decay=0.5):
+    """``average = decay * average + (1 - decay) * live`` over the states from ``first`` on, in float64."""
+    average = states[first][name].double()
+    for state in states[first + 1 :]:
+        average = decay * average + (1 - decay) * state[name].double()
+    return average
+
+
+class WithBackbone(Regression):
+    def __init__(self):
+        super().__init__(norm=False)
+        self.backbone = self.net[0]
+
+    def configure_optimizers(self):
+        return torch.optim.SGD((p for p in self.parameters() if p.requires_grad), 0.05)
+
+
+def test_lightnings_finetuning_callback_unfreezes_a_backbone_that_joins_then():
+    def run(*callbacks):
+        module, recorded = seeded(WithBackbone), Recorded()
+        finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=1, verbose=False)
+        fit(module, *callbacks, finetuning, recorded, max_epochs=3)
+        return recorded.states
+
+    without = run()
+    callback = EMACallback(Constant(0.5), after_fit="live")
+    states = run(callback)
+    assert all(equal(one, other) for one, other in zip(without, states, strict=True))
+    average = dict(callback.average.named_tensors())
+    assert equal(
+        {name: states[0][name] for name in ("net.0.weight", "net.0.bias")},
+        {name: states[BATCHES][name] for name in ("net.0.weight", "net.0.bias")},
+    )  # frozen in the first epoch
+    for name, first in {"net.0.weight": BATCHES, "net.4.weight": 0}.items():
+        torch.testing.assert_close(average[name].double(), averaged(states, name, first), rtol=1e-5, atol=1e-6)
+
+
+class SeveralLosses(Regression):
+    """One step of its optimizer asks for the loss several times."""
+
+    def configure_optimizers(self):
+        return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=3)
+
+
+def test_an_optimizer_that_asks_for_the_loss_several_times_makes_one_step_of_a_batch():
+    recorded, callback = Recorded(), EMACallback(Constant(0.5), after_fit="live")
+    fit(seeded(SeveralLosses, norm=False), callback, recorded, max_epochs=2)
+    assert callback.average.num_steps == 2 * BATCHES
+    for name, average in callback.average.named_tensors():
+        torch.testing.assert_close(average.double(), averaged(recorded.states, name), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"detect_anomaly": True, "num_sanity_val_steps": -1, "gradient_clip_val": 0.1},
+        {"profiler": "simple", "deterministic": True, "overfit_batches": 2},
+        {"max_time": {"hours": 1}, "inference_mode": False, "use_distributed_sampler": False},
+    ],
+    ids=lambda flags: ", ".join(flags),
+)
+def test_flags_that_change_how_a_trainer_runs_change_nothing_between_it_and_the_average(flags):
+    runs = {}
+    for name, callbacks in {"without": [], "with": [EMACallback(Constant(0.5), after_fit="live")]}.items():
+        recorded = Recorded()
+        fit(seeded(), *callbacks, recorded, **flags)
+        runs[name] = recorded.states
+    assert all(equal(one, other) for one, other in zip(runs["without"], runs["with"], strict=True))
+    for name, average in callbacks[0].average.named_tensors():
+        if name in runs["with"][0]:
+            torch.testing.assert_close(average.double(), averaged(runs["with"], name), rtol=1e-5, atol=1e-6)
