@@ -52,10 +52,10 @@ class Absorption:
         self._offload = Offload()
         self._streams: dict[torch.device, SideStream] = {}
         self._pairs: list[Pair] = []
-        self._groups: list[Group] = []
+        self._here: list[Group] = []
         self._offloaded: list[Group] = []
         self._on_streams: dict[torch.device, list[Group]] = {}
-        self._lerps: dict[int, Lerp] = {}  # of the groups, by where their stretch begins
+        self._lerps: dict[Group, Lerp] = {}
 
     @property
     def waits(self) -> int:
@@ -71,16 +71,16 @@ class Absorption:
         self.finish()
         self.release()
         self._pairs = list(pairs)
-        self._groups = []
-        start = 0
+        groups, start = [], 0
         for kind, pairs_alike in itertools.groupby(self._pairs, key=self._kind):
             alike = list(pairs_alike)
             averages = [list(each) for each in zip(*([local(a) for a in pair.averages] for pair in alike), strict=True)]
-            self._groups.append(Group(averages, slice(start, start + len(alike)), kind[-1]))
+            groups.append(Group(averages, slice(start, start + len(alike)), kind[-1]))
             start += len(alike)
-        self._offloaded = [group for group in self._groups if group.where == "thread"]
+        self._here = [group for group in groups if group.where == "here"]
+        self._offloaded = [group for group in groups if group.where == "thread"]
         self._on_streams = {}
-        for group in self._groups:
+        for group in groups:
             if group.where == "stream":
                 self._on_streams.setdefault(self._pairs[group.stretch.start].live.device, []).append(group)
 
@@ -95,9 +95,7 @@ class Absorption:
 
     def absorb(self, lives: Sequence[Tensor], rates: Sequence[float]) -> None:
         """``average += rate * (live - average)`` for each decay's average, with the live tensors of the pairs."""
-        for group in self._groups:
-            if group.where == "here":
-                self._absorb_here(group, lives, rates)
+        self._absorb_each(self._here, lives, rates)
         for device, groups in self._on_streams.items():  # together: one more would wait for those before it
             self._stream(device).submit(partial(self._absorb_each, groups, lives, rates))
         if self._offloaded:
@@ -113,18 +111,16 @@ class Absorption:
         """Gives up views of the live tensors, which would keep the memory that a module is moved away from."""
         self._lerps.clear()
 
-    def _absorb_here(self, group: Group, lives: Sequence[Tensor], rates: Sequence[float]) -> None:
-        first = group.stretch.start
-        if first not in self._lerps:
-            self._lerps[first] = lerp_of(group.averages, lives[group.stretch])
-        self._lerps[first](rates)
-
     def _absorb_each(self, groups: Sequence[Group], lives: Sequence[Tensor], rates: Sequence[float]) -> None:
         for group in groups:
-            self._absorb_here(group, lives, rates)
+            if group not in self._lerps:
+                self._lerps[group] = lerp_of(group.averages, lives[group.stretch])
+            self._lerps[group](rates)
 
     def _stream(self, device: torch.device) -> SideStream:
-        return self._streams.setdefault(device, SideStream(device))
+        if device not in self._streams:
+            self._streams[device] = SideStream(device)
+        return self._streams[device]
 
     def _as_now(self, lives: Sequence[Tensor], stretch: slice) -> list[Tensor]:
         """Live tensors that only an optimizer changes: copies of those that a forward pass writes to."""

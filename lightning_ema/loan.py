@@ -238,10 +238,7 @@ def _return(lent: _Lent) -> None:
 
 
 def _replaced(candidate: Candidate) -> bool:
-    for table, leaf in candidate.slots:  # noqa: SIM110 - a plain loop, asked for every tensor of a loan
-        if table.get(leaf) is not candidate.tensor:
-            return True
-    return False
+    return any(table.get(leaf) is not candidate.tensor for table, leaf in candidate.slots)
 
 
 def _copy_like(average: Tensor, tensor: Tensor) -> Tensor:
