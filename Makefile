@@ -51,7 +51,7 @@ $(VENV)/docs: $(VENV)/ready
 
 OLDEST := .venv-oldest
 # scripts of the pages and of benchmarks that take many processes or long are run once, by `make test`
-ONCE := distributed/test_docs_of_processes.py distributed/test_example.py test_evidence.py
+ONCE := distributed/test_docs_of_processes.py distributed/test_example.py project/test_evidence.py
 test-oldest: $(OLDEST)/ready  ## run the tests against the oldest supported Lightning
 	@$(OLDEST)/bin/$(PYTEST) tests $(ONCE:%=--ignore=tests/%)
 

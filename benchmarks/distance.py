@@ -11,7 +11,7 @@ from models import gpt2, resnet18, resnet50, size
 from torch import nn
 
 from lightning_ema import Constant, WeightAverage
-from lightning_ema.kernels import ratio, relative_distance, sampled_norms
+from lightning_ema.ops.lerp import ratio, relative_distance, sampled_norms
 
 
 def pairs(module: nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

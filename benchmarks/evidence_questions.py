@@ -10,8 +10,8 @@ from evidence_training import BATCH, RATE, error, network, split, training
 from report import shifted
 
 from lightning_ema import Constant, Power, Scaled, Snapshots, Warmup, WeightAverage, synthesize
-from lightning_ema.recalibration import Recalibration
-from lightning_ema.snapshots import take
+from lightning_ema.modules.batchnorm import Recalibration
+from lightning_ema.posthoc.snapshots import take
 
 DECAYS = (0.9, 0.99, 0.998)
 LABELS = {"clean labels": 0.0, "40% random labels": 0.4}

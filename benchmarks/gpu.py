@@ -16,7 +16,7 @@ from models import gpt2
 from torch import nn
 
 from lightning_ema import Constant, WeightAverage
-from lightning_ema.kernels import CastLerp
+from lightning_ema.ops.lerp import CastLerp
 
 DECAYS = [Constant(0.999), Constant(0.99), Constant(0.9999)]
 

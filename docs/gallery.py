@@ -4,8 +4,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from lightning_ema.plot_command import plot_schedules
-from lightning_ema.spelling import read_schedule
+from lightning_ema.cli.plot import plot_schedules
+from lightning_ema.schedules.text import read_schedule
 
 STEPS = 1000
 PICTURES = Path(__file__).parent / "images" / "schedules"

@@ -10,7 +10,8 @@ import torch
 from classifier import Alignment, Classifier, arguments, run_seeds
 from torch import nn
 
-from lightning_ema import Annealing, MeanTeacherConfig, consistency
+from lightning_ema import Annealing, MeanTeacherConfig
+from lightning_ema.semi_supervised import losses
 
 
 def settings(steps: int = 2000) -> MeanTeacherConfig:
@@ -31,7 +32,7 @@ class MeanTeacher(Classifier):
         targets = self.aligned(self.targets(weak).softmax(1))
         labeled, unlabeled = self.both(images, strong)
         supervised = nn.functional.cross_entropy(labeled, labels)
-        return supervised + self.consistency_weight() * consistency.mse_outputs(unlabeled.softmax(1), targets)
+        return supervised + self.consistency_weight() * losses.mse_outputs(unlabeled.softmax(1), targets)
 
     def targets(self, images):
         with self.teacher_view() as teacher:

@@ -12,7 +12,8 @@ import torch
 from classifier import Alignment, Classifier, arguments, run_seeds
 from torch import nn
 
-from lightning_ema import MeanTeacherConfig, PseudoLabelAcceptance, PseudoLabelAccuracy, consistency
+from lightning_ema import MeanTeacherConfig, PseudoLabelAcceptance, PseudoLabelAccuracy
+from lightning_ema.semi_supervised import losses
 
 Source = Literal["teacher", "student"]
 
@@ -41,12 +42,12 @@ class FixMatch(Classifier):
             with torch.no_grad():
                 logits = self.student(weak)
         targets = self.aligned(logits.softmax(1))
-        pseudo_labels, mask = consistency.pseudo_labels(targets.log(), self.hparams.threshold)
+        pseudo_labels, mask = losses.pseudo_labels(targets.log(), self.hparams.threshold)
         self.watch(pseudo_labels, mask, true_labels)
 
         labeled, unlabeled = self.both(images, strong)
         supervised = nn.functional.cross_entropy(labeled, labels)
-        return supervised + self.consistency_weight() * consistency.cross_entropy(unlabeled, pseudo_labels, mask)
+        return supervised + self.consistency_weight() * losses.cross_entropy(unlabeled, pseudo_labels, mask)
 
     def watch(self, pseudo_labels, mask, true_labels):
         self.accepted.update(mask)

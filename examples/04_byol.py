@@ -18,7 +18,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.nn.functional import normalize
 
-from lightning_ema import Cosine, MeanTeacherConfig, MeanTeacherMixin, SemiSupervisedDataModule, consistency
+from lightning_ema import Cosine, MeanTeacherConfig, MeanTeacherMixin, SemiSupervisedDataModule
+from lightning_ema.semi_supervised import losses
 
 
 def perceptron(inputs, outputs=64, hidden=128):
@@ -41,7 +42,7 @@ class Byol(MeanTeacherMixin, LightningModule):
         with self.teacher_view() as target:
             targets = normalize(target(other_way_round), dim=1)
         guesses = normalize(self.predictor(self.student(both)), dim=1)
-        loss = consistency.mse_outputs(guesses, targets) * targets.shape[1]  # 2 - 2 cos, in [0, 4]
+        loss = losses.mse_outputs(guesses, targets) * targets.shape[1]  # 2 - 2 cos, in [0, 4]
         self.losses.append(loss.item())
         return loss
 

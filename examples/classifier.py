@@ -14,7 +14,8 @@ from tabulate import tabulate
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_ema import Annealing, MeanTeacherConfig, MeanTeacherMixin, consistency, for_both
+from lightning_ema import Annealing, MeanTeacherConfig, MeanTeacherMixin, for_both
+from lightning_ema.semi_supervised import losses
 
 
 class Classifier(MeanTeacherMixin, LightningModule):
@@ -65,7 +66,7 @@ class Alignment(nn.Module):
     @torch.no_grad()
     def forward(self, probabilities):
         self.predicted.lerp_(probabilities.mean(0), 0.01)
-        return consistency.align_distribution(probabilities, self.wanted, self.predicted)
+        return losses.align_distribution(probabilities, self.wanted, self.predicted)
 
 
 def train(model, data, steps, checkpoint=None, evaluations=1):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lightning_ema import SemiSupervisedDataModule
-from lightning_ema.semi_supervised_data import LabeledView
+from lightning_ema.semi_supervised.datamodule import LabeledView
 
 read = cache(mnist_data)  # it takes seconds
 

@@ -1,18 +1,13 @@
 """Weight averaging for PyTorch Lightning."""
 
-from lightning_ema import consistency, interop, recipes
-from lightning_ema.average import WeightAverage
-from lightning_ema.callback import EMACallback
-from lightning_ema.compositions import Bema, CopyFirst, Debiased, Equal, Power, Scaled, Shifted, Then
-from lightning_ema.export import export_average
-from lightning_ema.loan import Loan
-from lightning_ema.metrics import (
-    PseudoLabelAcceptance,
-    PseudoLabelAccuracy,
-    RelativeWeightDistance,
-    TeacherStudentAgreement,
-)
-from lightning_ema.schedules import (
+from lightning_ema import interop, recipes
+from lightning_ema.averaging.swap import Loan
+from lightning_ema.averaging.weight_average import WeightAverage
+from lightning_ema.callback.ema_callback import EMACallback
+from lightning_ema.interop.export import export_average
+from lightning_ema.posthoc.snapshots import Snapshots
+from lightning_ema.posthoc.synthesis import Synthesis, synthesize
+from lightning_ema.schedules.basic import (
     Annealing,
     Constant,
     Cosine,
@@ -24,13 +19,19 @@ from lightning_ema.schedules import (
     Schedule,
     Warmup,
 )
-from lightning_ema.semi_supervised_data import SemiSupervisedDataModule
-from lightning_ema.snapshots import Snapshots
-from lightning_ema.splits import split_by_class
-from lightning_ema.synthesis import Synthesis, synthesize
-from lightning_ema.teacher import MeanTeacherMixin, for_both
-from lightning_ema.teacher_config import MeanTeacherConfig
-from lightning_ema.views import PerSample, Views
+from lightning_ema.schedules.composed import Bema, CopyFirst, Debiased, Equal, Power, Scaled, Shifted, Then
+from lightning_ema.semi_supervised import losses as consistency
+from lightning_ema.semi_supervised.datamodule import SemiSupervisedDataModule
+from lightning_ema.semi_supervised.metrics import (
+    PseudoLabelAcceptance,
+    PseudoLabelAccuracy,
+    RelativeWeightDistance,
+    TeacherStudentAgreement,
+)
+from lightning_ema.semi_supervised.splits import split_by_class
+from lightning_ema.semi_supervised.views import PerSample, Views
+from lightning_ema.teacher.config import MeanTeacherConfig
+from lightning_ema.teacher.mixin import MeanTeacherMixin, for_both
 
 __version__ = "0.1.0"
 

@@ -6,8 +6,8 @@ import argparse
 import pickle
 import sys
 
-from lightning_ema import import_command, plot_command, recommend_command, synthesize_command
-from lightning_ema.export import describe, export_average
+from lightning_ema.cli import import_file, plot, recommend, synthesize
+from lightning_ema.interop.export import describe, export_average
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,10 +26,10 @@ def main(arguments: list[str] | None = None) -> int:
     export.add_argument("out", help="a .safetensors or .pt file")
     export.add_argument("--name", default="ema", help="of the callback (default: ema)")
     export.add_argument("--which", type=int, help="place among several averages (default: the one that was evaluated)")
-    import_command.add_to(commands)
-    synthesize_command.add_to(commands)
-    recommend_command.add_to(commands)
-    plot_command.add_to(commands)
+    import_file.add_to(commands)
+    synthesize.add_to(commands)
+    recommend.add_to(commands)
+    plot.add_to(commands)
     given = parser.parse_args(arguments)
     try:
         print(given.run(given))

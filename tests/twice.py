@@ -13,7 +13,7 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassPrecision, MulticlassRecall
 from torchmetrics.wrappers import BootStrapper, ClasswiseWrapper, MetricTracker, MinMaxMetric, Running
 
-from lightning_ema.second_pass import begin, check, evaluate_again, log_again
+from lightning_ema.evaluation.extra_pass import begin, check, evaluate_again, log_again
 
 
 def double(module):

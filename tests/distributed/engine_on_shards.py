@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lightning_ema import Bema, Constant, Warmup, WeightAverage
-from lightning_ema.shards import DTensor, local
+from lightning_ema.distributed.dtensor import DTensor, local
 
 try:
     from torch.distributed.fsdp import MixedPrecisionPolicy

@@ -20,7 +20,7 @@ from helpers import clones, equal
 from torch import nn
 
 from lightning_ema import Bema, Constant, Snapshots, WeightAverage
-from lightning_ema.snapshots import take, write
+from lightning_ema.posthoc.snapshots import take, write
 
 DECAY = Constant(0.9)
 

@@ -11,7 +11,7 @@ import torch
 from helpers import clones, equal, loader, seed_everything, trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
-from test_teacher import Taught
+from taught import Taught
 from torch import nn
 
 from lightning_ema import Constant, MeanTeacherConfig

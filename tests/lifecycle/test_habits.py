@@ -23,8 +23,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_ema import Constant, Cosine, EMACallback, WeightAverage
-from lightning_ema import loan as loans
-from lightning_ema.storage_loan import StorageLoan
+from lightning_ema.averaging import swap as loans
+from lightning_ema.averaging.storage_swap import StorageLoan
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -15,7 +15,7 @@ from torchmetrics import MeanMetric
 from twice import GathersFromItsStart, Twice, double
 
 from lightning_ema import Constant, WeightAverage
-from lightning_ema.second_pass import begin, check, evaluate_again, log_again
+from lightning_ema.evaluation.extra_pass import begin, check, evaluate_again, log_again
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -13,9 +13,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_ema import Constant, Schedule, Warmup, export_average
-from lightning_ema.advice import chosen
-from lightning_ema.choice import best_of
-from lightning_ema.export import describe
+from lightning_ema.callback.messages import chosen
+from lightning_ema.evaluation.selection import best_of
+from lightning_ema.interop.export import describe
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 NAMES = ["Constant_0.2", "Constant_0.8"]

@@ -7,8 +7,8 @@ from helpers import clones, ema, equal, loader, seed_everything, seeded, trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from packaging.version import Version
+from taught import Manual, Taught
 from test_resume_anywhere import EPOCHS, POINTS, Resumable, Saves
-from test_teacher import Manual, Taught
 from torch import nn
 
 from lightning_ema import Constant, Cosine, MeanTeacherConfig

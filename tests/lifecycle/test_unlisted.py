@@ -8,7 +8,7 @@ import torch
 from helpers import BATCHES, Regression, clones, equal, fit, loader, seed_everything, seeded, trainer
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import BackboneFinetuning
-from test_teacher import Taught
+from taught import Taught
 
 from lightning_ema import Bema, Constant, EMACallback, Equal, MeanTeacherConfig
 

@@ -1,0 +1,186 @@
+"""What there is to say about a decay and a run: pure functions from numbers to sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from lightning_ema.schedules.basic import Schedule, Warmup
+
+
+def horizon(decay: float) -> float:
+    """``1 / (1 - decay)``: the steps over which an average of this decay reaches back; infinite at 1."""
+    return 1 / (1 - decay) if decay < 1 else float("inf")
+
+
+def too_long(schedule: Schedule, total_steps: int) -> str | None:
+    """A warning where the horizon that the schedule aims at is longer than the whole run."""
+    if not total_steps < horizon(schedule.limit) < float("inf"):
+        return None
+    fitting = 1 - 1 / max(2.0, total_steps / 10)
+    return (
+        f"{schedule!r} aims at a horizon 1 / (1 - decay) = {horizon(schedule.limit):,.0f} steps, longer than the whole "
+        f"run of {total_steps:,} steps. A tenth of the run would be decay={fitting:.4g}."
+    )
+
+
+def still_rising(schedule: Schedule, total_steps: int) -> str | None:
+    """A remark where the schedule is still below its limit at the last step."""
+    last = schedule(total_steps)
+    if not last < schedule.limit < 1:
+        return None
+    return (
+        f"{schedule!r} reaches a decay of {last:.4g} at the last of {total_steps:,} steps, a horizon of "
+        f"{horizon(last):,.0f} steps: in this run every decay of {last:.4g} and above gives the same average."
+    )
+
+
+def introduction(schedules: Sequence[Schedule], sizes: Sequence[int]) -> str:
+    """What the first fit says: how much is averaged, and how."""
+    warm = any(isinstance(schedule, Warmup) for schedule in schedules)
+    return (
+        f"averaging {len(sizes)} tensors of {sum(sizes):,} elements with {', '.join(map(repr, schedules))}"
+        f"{' (a plain number is warmed up; Constant(decay) is not)' if warm else ''}."
+    )
+
+
+def switching(every: int | str) -> str:
+    """What the first fit says where the live weights are set to the average now and then."""
+    when = f"at every {every} steps" if isinstance(every, int) else "at the end of each epoch"
+    return (
+        f"switch_every={every!r}: {when} the live weights are set to the average, and the optimizer goes on from there "
+        "with the state it has. This changes the training; leave it out for an average that only follows."
+    )
+
+
+def other_settings(changed: Sequence[str]) -> str:
+    """A warning where a run is resumed with other settings than its file was written with."""
+    return f"the checkpoint was written with other settings; those given now hold: {'; '.join(changed)}."
+
+
+def resumed(steps: int, updates: int) -> str:
+    """Said where a run is resumed from a file with an average."""
+    return f"goes on at step {steps:,}, {updates:,} updates."
+
+
+def adopted(steps: int, updates: int) -> str:
+    """Said where a run is resumed from a file of Lightning's ``WeightAveraging``."""
+    if updates == 0:
+        return (
+            "the file of Lightning's WeightAveraging is from before its first update; the average starts from its live "
+            "weights."
+        )
+    return f"goes on at step {steps:,}, {updates:,} updates, with the average of Lightning's WeightAveraging."
+
+
+def no_step_seen(global_step: int) -> str:
+    """A warning where the trainer counted steps and the average none."""
+    return (
+        f"the trainer took {global_step} steps, but no optimizer that trains averaged parameters was seen to step, so "
+        "there is no average. Optimizers must derive from torch.optim.Optimizer (or step one that does) and step "
+        "within training batches."
+    )
+
+
+def steps_missed(steps: int) -> str:
+    """A remark where optimizers stepped outside training batches."""
+    return (
+        f"{steps} steps were taken outside training batches, as tuners do, and not counted. Steps of your own belong "
+        "into training_step."
+    )
+
+
+def save_needs_all() -> str:
+    """Said where a checkpoint is asked for after one process raised, while its weights are sharded among several."""
+    return (
+        "no checkpoint: the weights are sharded, so that all processes would have to take part, but an exception "
+        "ended the run in this one. Resume from the last checkpoint. Leave save_on_exception out of ModelCheckpoint "
+        "under ModelParallelStrategy."
+    )
+
+
+def not_returned() -> str:
+    """A warning where a checkpoint is saved by a process to which no average returned."""
+    return (
+        "the averages stayed in the processes that the strategy spawned; only the module's weights returned. This "
+        "checkpoint holds these, and no average to resume from. Save during fit, with ModelCheckpoint."
+    )
+
+
+def shared_among_others(processes: int, now: int) -> str:
+    """Said where a loan of a shared average is asked for by other processes than those that keep its parts."""
+    return (
+        f"the average is shared among {processes} processes (shard=True), but this trainer has {now}. Fit and "
+        "evaluate with as many, or resume from a checkpoint; after_fit='average' leaves the whole one in the module."
+    )
+
+
+def waited(times: int) -> str:
+    """A remark where the average lies in host memory and its updates took longer than a step."""
+    return (
+        f"{times} times a step had to wait for the average's update in host memory. A larger every_n_steps makes that "
+        "rarer."
+    )
+
+
+def nothing_chosen(metric: str) -> str:
+    """A warning where one of several averages was to be chosen by a metric, and no validation ran that could."""
+    return (
+        f"select={metric!r} chose nothing: no validation was run after the first update, so that the first average is "
+        "what was saved and delivered. Give fit validation data, or validate more often (val_check_interval)."
+    )
+
+
+def monitors_another(monitor: str, mode: str, suffix: str, plain: str, select: str | None) -> str:
+    """A warning where files are kept by the score of weights that their ``state_dict`` does not hold.
+
+    Args:
+        monitor, mode: what a checkpoint callback was given.
+        suffix: the end of the monitored name that says which weights are scored.
+        plain: the name without it, that of the weights in ``state_dict``.
+        select: the metric by which one of several averages is chosen, if any.
+    """
+    if suffix == "_live":
+        held, remedy = "the average", "or write evaluate='live' for files of the live weights"
+    elif select is not None:
+        held, remedy = "the average that is chosen", "the score of that one"
+    else:
+        held, remedy = "the first average", f"and put that decay first or let select={plain!r}, mode={mode!r} choose"
+    return (
+        f"a ModelCheckpoint monitors {monitor!r}, but state_dict of its files holds {held}, not what is scored under "
+        f"that name. Monitor {plain!r}, {remedy}."
+    )
+
+
+def chosen(metric: str, scores: Mapping[str, float], winner: str, schedules: Sequence[Schedule], step: int) -> str:
+    """Said when one of several averages has been chosen by a metric.
+
+    Args:
+        metric: its name.
+        scores: of all averages, by name.
+        winner: the name of the one that is chosen.
+        schedules: of all averages, in the order of ``scores``.
+        step: the last one, counted from the start of the averages.
+    """
+    rest = ", ".join(f"{name} {score:.6g}" for name, score in scores.items() if name != winner)
+    by_name = dict(zip(scores, schedules, strict=True))
+    same = [n for n in scores if scores[n] == scores[winner] and _same_so_far(by_name[n], by_name[winner], step)]
+    one = (
+        f" So far {', '.join(same)} are one and the same average: their warm-up has come to a decay of "
+        f"{by_name[winner](step):.4g} only. Compare smaller decays, or Constant(...)."
+    )
+    return f"by {metric} the decay {winner} is chosen, with {scores[winner]:.6g} ({rest}).{one if same[1:] else ''}"
+
+
+def _same_so_far(first: Schedule, second: Schedule, step: int) -> bool:
+    """Whether two averages are the same because both are warmed up alike, and neither has come to its own decay."""
+    alike = isinstance(first, Warmup) and isinstance(second, Warmup) and first.offset == second.offset
+    return first == second or (alike and first(step) == second(step))
+
+
+def chosen_last(metric: str, winner: str, place: int, delivered: bool) -> str:
+    """Said after a fit in which one of several averages was chosen by a metric in each validation."""
+    holders = "files saved from here on and the module" if delivered else "files saved from here on"
+    return (
+        f"chosen last by {metric}: the decay {winner} (place {place}, counted from 0). Evaluations, {holders} have it; "
+        "a checkpoint saved before has the one that was chosen then."
+    )

@@ -1,0 +1,166 @@
+"""Sharded tensors of an entry on their way into a checkpoint and back: gathered into a file, or shards in a folder.
+
+What a callback puts into its entry is written by one process. A DTensor there would be pickled as the shard of that
+process alone, so that none may stay in it:
+
+file     each is gathered, one at a time, and kept by the process that writes
+folder   they leave the entry for a slot of their own, of which every process writes its shards; the entry notes what
+         belongs there. Every process also writes the id of the save, since a folder that was being overwritten when a
+         run was killed holds shards of two saves
+
+All functions but :func:`in_slot`, :func:`put_back` and :func:`whole` must be called by all processes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ema.checkpoint.state import tensor_sets
+from lightning_ema.distributed.dtensor import empty_like, gathered, is_sharded, one_of_each_process
+
+Slot = dict[str, Any]
+
+
+def gather(entry: dict[str, Any], keep: bool) -> None:
+    """Puts whole tensors into an entry in place of sharded ones; without ``keep`` they only leave it."""
+    for tensors in tensor_sets(entry).values():
+        for name, tensor in list(tensors.items()):
+            if is_sharded(tensor):
+                whole = gathered(tensor)
+                if keep:
+                    tensors[name] = whole.cpu()
+                else:
+                    del tensors[name]
+                del whole  # before the next one is gathered
+
+
+def set_apart(entry: dict[str, Any], slot_name: str, save_id: int) -> Slot:
+    """Takes the sharded tensors out of an entry and gives them as a slot; the entry notes what is in it.
+
+    Args:
+        entry: the callback's entry.
+        slot_name: under which key of the checkpoint the slot will be found.
+        save_id: the same in all processes, another one in each save.
+    """
+    slot: Slot = {}
+    for kind, tensors in tensor_sets(entry).items():
+        slot[kind] = {name: tensor for name, tensor in tensors.items() if is_sharded(tensor)}
+        for name in slot[kind]:
+            del tensors[name]
+    dtypes = {kind: {name: str(t.dtype).removeprefix("torch.") for name, t in ts.items()} for kind, ts in slot.items()}
+    stamp = one_of_each_process(save_id, [tensor for tensors in slot.values() for tensor in tensors.values()])
+    entry["sharded"] = {"slot": slot_name, "save_id": save_id, "processes": stamp.numel(), "dtypes": dtypes}
+    return {**slot, "save_id": stamp}
+
+
+def read(entry: dict[str, Any], folder: Path, model: dict[str, Tensor]) -> Slot:
+    """Reads the slot that an entry notes, cut as the module's tensors are now.
+
+    Raises:
+        ValueError: the folder holds shards of several saves.
+    """
+    note = entry["sharded"]
+    check(entry, folder)
+    slot: Slot = {
+        kind: {
+            name: empty_like(model[name], getattr(torch, dtype), model[name].device)
+            for name, dtype in dtypes.items()
+            if name in model  # the entry names all averages, and is refused where the module lacks one
+        }
+        for kind, dtypes in note["dtypes"].items()
+    }
+    _load({note["slot"]: slot}, folder)
+    return slot
+
+
+def check(entry: dict[str, Any], folder: Path) -> None:
+    """Refuse a folder in which the shards of several saves lie beside one another.
+
+    Raises:
+        ValueError: naming it.
+    """
+    note = entry["sharded"]
+    stamp = torch.zeros(note["processes"], dtype=torch.int64)
+    _load({note["slot"]: {"save_id": stamp}}, folder)
+    _check_stamp(stamp, note, str(folder))
+
+
+def _load(tensors: dict[str, Any], folder: str | Path) -> None:
+    """Fills the tensors from a folder. What torch does that with takes long to import, and most runs never need it."""
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    load(tensors, checkpoint_id=folder)
+
+
+def _check_stamp(stamp: Tensor, note: dict[str, Any], where: str) -> None:
+    if stamp.ne(note["save_id"]).any():
+        raise ValueError(
+            f"{where} holds shards of two saves: it was being overwritten when the run ended. Resume from another "
+            "checkpoint. ModelCheckpoint(save_top_k=2) keeps one more, and writes each into a folder of its own."
+        )
+
+
+def in_slot(entry: dict[str, Any], checkpoint: dict[str, Any]) -> Slot | None:
+    """The slot that an entry notes where it stands in the checkpoint itself, as in a consolidated file.
+
+    Raises:
+        ValueError: the folder that was consolidated held the shards of several saves.
+    """
+    slot: Slot | None = checkpoint.get(entry["sharded"]["slot"])
+    if slot is not None:
+        _check_stamp(slot["save_id"], entry["sharded"], "the checkpoint")
+    return slot
+
+
+def put_back(entry: dict[str, Any], slot: Slot) -> None:
+    """Puts the tensors of a slot into the entry that notes them."""
+    for kind, tensors in tensor_sets(entry).items():
+        tensors.update(slot.get(kind, {}))
+
+
+def whole(folder: Path, trust: bool = False) -> dict[str, Any]:
+    """The content of a folder as that of a file, in this process alone; without the states of optimizers.
+
+    Args:
+        folder: the folder.
+        trust: allow its ``meta.pt`` to run code while it is read.
+
+    Raises:
+        ValueError: the folder is no complete checkpoint.
+    """
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load_state_dict
+
+    missing = [name for name in (_SHARDS, _REST) if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{folder} is no complete checkpoint: {' and '.join(missing)} missing. Either its save did not end, or it "
+            "is no checkpoint of a Trainer."
+        )
+    content: dict[str, Any] = torch.load(folder / _REST, map_location="cpu", weights_only=not trust)
+    notes = [e["sharded"] for e in content.get("callbacks", {}).values() if isinstance(e, dict) and "sharded" in e]
+    wanted = {"state_dict", *(note["slot"] for note in notes)}
+    tensors: dict[str, Any] = {}
+    metadata = FileSystemReader(folder).read_metadata()
+    for key, (first, *rest) in metadata.planner_data.items():
+        stored = metadata.state_dict_metadata[key]
+        if first in wanted and isinstance(stored, TensorStorageMetadata):
+            place = tensors.setdefault(first, {})
+            for part in rest[:-1]:
+                place = place.setdefault(part, {})
+            place[rest[-1]] = torch.empty(stored.size, dtype=stored.properties.dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*single process")  # which is meant here
+        # deprecated, but in early versions the one public way that waits for no other process of a run
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        load_state_dict(tensors, FileSystemReader(folder), no_dist=True)  # type: ignore[no-untyped-call,unused-ignore]
+    return {**content, **tensors}
+
+
+_SHARDS, _REST = ".metadata", "meta.pt"  # what torch and what Lightning writes last

@@ -1,0 +1,208 @@
+"""The format of a snapshot file: plain tensors, numbers and strings.
+
+    {"format", "run", "step", "start_step",
+     "averages": [{"config", "stretches": [{"decay", "decay_per", "gaps", "counts"}], "tensors": {name: tensor}}, ...],
+     "entries": [[key of the module's state_dict, name of the average or "", dtype], ...],
+     "rest": {key: tensor}}
+
+``entries`` lists the whole ``state_dict`` of the module in its order. What is not averaged (integer buffers, frozen
+weights) stands in ``rest``, once. Entries that are not tensors are left out.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ema.averaging.weight_average import WeightAverage
+from lightning_ema.distributed.dtensor import gathered
+from lightning_ema.modules.named_tensors import Survey, memory_of, without_wrappers
+from lightning_ema.schedules.history import History, Stretch
+
+FORMAT = 1
+"""The format that is written, and the only one that is read so far."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a module's ``state_dict``.
+
+    Attributes:
+        key: in the ``state_dict``.
+        name: under which it is averaged; empty where it is not.
+        dtype: in the ``state_dict``.
+    """
+
+    key: str
+    name: str
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a snapshot file says of itself; the tensors stay in the file.
+
+    Attributes:
+        path: of the file.
+        run: which run wrote it.
+        step: the last update before it, counted as ``WeightAverage.num_steps``.
+        start_step: the step at which the averages started.
+        histories: the updates of each average.
+        config: the settings of the first average, as text.
+        shapes: of all tensors, averaged ones by name and others by key.
+        precision: of the averages: the largest relative distance of neighbouring numbers in their dtypes.
+        entries: the module's ``state_dict``, in its order.
+    """
+
+    path: Path
+    run: str
+    step: int
+    start_step: int
+    histories: tuple[tuple[Stretch, ...], ...]
+    config: dict[str, str | int | bool]
+    shapes: dict[str, tuple[int, ...]]
+    precision: float
+    entries: tuple[Entry, ...]
+
+
+def pack(averages: Sequence[WeightAverage], keep: bool = True) -> dict[str, Any]:
+    """The content of a snapshot of averages of one module.
+
+    Where weights or averages are spread over processes all must call it: each tensor is gathered in its turn.
+
+    Args:
+        averages: of one module.
+        keep: whether this process is to have the tensors; without it they are empty.
+
+    Raises:
+        ValueError: the module's ``state_dict`` renames and converts what is averaged, so that it cannot be told apart.
+    """
+    first = averages[0]
+    tensors = {key: value for key, value in first.module.state_dict().items() if isinstance(value, Tensor)}
+    entries = _entries(first.module, {name for name, _ in first.named_live()}, tensors)
+    return {
+        "format": FORMAT,
+        "run": first.history.run,
+        "step": first.last_update_step,
+        "start_step": first.start_step,
+        "averages": [
+            {
+                "config": average.settings.describe(),
+                "stretches": average.history.state_dict()["stretches"],
+                "tensors": {name: _alone(tensor, keep) for name, tensor in average.named_tensors()},
+            }
+            for average in averages
+        ],
+        "entries": [[entry.key, entry.name, str(entry.dtype).removeprefix("torch.")] for entry in entries],
+        "rest": {entry.key: _alone(tensors[entry.key], keep) for entry in entries if not entry.name},
+    }
+
+
+def save(content: Mapping[str, Any], path: Path) -> None:
+    """Writes a file at once or not at all: to a temporary file beside it, which then takes its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        torch.save(dict(content), temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The content of a snapshot file; tensors are read from the disk where they are used.
+
+    Raises:
+        ValueError: this is no snapshot, it is damaged, or a newer version wrote it.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+        raise ValueError(f"{path} is damaged, or no snapshot ({error}). Leave it out or delete it.") from error
+    if not isinstance(content, dict) or "averages" not in content or "entries" not in content:
+        raise ValueError(f"{path} is no snapshot of averages. Give files that Snapshots wrote.")
+    if content.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} has format {content.get('format')!r}; this version of lightning_ema reads format {FORMAT}. Update "
+            "lightning_ema to read files that a newer one wrote."
+        )
+    return content
+
+
+def read(path: Path) -> Snapshot:
+    """What a snapshot file says of itself.
+
+    Raises:
+        ValueError: as :func:`load`.
+    """
+    content = load(path)
+    try:
+        averages = content["averages"]
+        kept = {"run": content["run"], "snapshots": []}
+        histories = [History.from_state_dict({**kept, "stretches": average["stretches"]}) for average in averages]
+        tensors: dict[str, Tensor] = {**content["rest"], **averages[0]["tensors"]}
+        entries = tuple(Entry(key, name, _dtype(dtype)) for key, name, dtype in content["entries"])
+        needed = {entry.name for entry in entries if entry.name}
+        if any(not needed <= average["tensors"].keys() for average in averages):
+            raise ValueError("tensors of an average are missing")
+        if any(entry.key not in content["rest"] for entry in entries if not entry.name):
+            raise ValueError("tensors that are not averaged are missing")
+        return Snapshot(
+            path=path,
+            run=content["run"],
+            step=int(content["step"]),
+            start_step=int(content["start_step"]),
+            histories=tuple(tuple(history.stretches) for history in histories),
+            config=averages[0]["config"],
+            shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
+            precision=max(torch.finfo(tensor.dtype).eps for a in averages for tensor in a["tensors"].values()),
+            entries=entries,
+        )
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}). Leave it out or delete it.") from error
+
+
+def _entries(module: nn.Module, averages: Set[str], tensors: Mapping[str, Tensor]) -> list[Entry]:
+    """Finds what is averaged by its memory, which tells it also where a hook renamed it, and else by its name."""
+    survey = Survey(module)
+    averaged = [candidate for candidate in survey.candidates if candidate.name in averages]
+    by_name = {name: candidate.name for candidate in averaged for name in candidate.names}
+    by_memory = {memory_of(candidate.tensor): candidate.name for candidate in averaged}
+    entries = []
+    for key, tensor in tensors.items():
+        name = by_memory.get(memory_of(tensor)) or by_name.get(without_wrappers(key), "")
+        entries.append(Entry(key, name, tensor.dtype))
+    floats = [entry.key for entry in entries if not entry.name and entry.dtype.is_floating_point]
+    unknown = [key for key in floats if without_wrappers(key) not in survey.tensors]
+    lost = averages - {entry.name for entry in entries}
+    if lost and unknown:
+        raise ValueError(
+            f"the state_dict of {type(module).__name__} has no entry for {', '.join(sorted(lost))}, and others that "
+            f"are none of its tensors: {', '.join(unknown)}. Whether these are averaged cannot be told: let its hook "
+            "keep either the name or the tensor as it is."
+        )
+    return entries
+
+
+def _alone(tensor: Tensor, keep: bool) -> Tensor:
+    """The whole tensor on the CPU, without the rest of a larger storage that it may be a view into."""
+    tensor = gathered(tensor.detach())
+    if not keep:
+        return torch.empty(0)
+    tensor = tensor.cpu()
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if whole else tensor.clone()
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name} is no dtype")
+    return dtype

@@ -1,0 +1,1 @@
+"""Which part of a tensor lies in this process."""

@@ -1,0 +1,1 @@
+"""Further evaluations, and the selection among averages."""

@@ -1,0 +1,220 @@
+"""Which tensors of a module can be averaged, and under which names.
+
+A tensor is named by its qualified name with the prefixes of wrappers left out, so that the names stay the same when
+a model is compiled, wrapped for DDP or checkpoints its activations. A tied tensor counts once, under its first name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torchmetrics
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
+
+from lightning_ema.distributed.dtensor import is_sharded, local, reshard, resharding
+
+Table = dict[str, Tensor | None]
+"""A module's own dictionary of parameters or of buffers, where ``table[leaf]`` is the tensor in use now."""
+
+# torch.compile, activation checkpointing, FSDP1 and Fabric hang what they wrap under these names
+_WRAPPER_LEAVES = frozenset(
+    {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module", "_original_module"}
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A tensor that could be averaged.
+
+    Attributes:
+        names: its qualified names, wrapper prefixes left out; several where it is tied.
+        slots: where it hangs: ``table[leaf]`` for each of its places in the module.
+        tensor: the tensor found there.
+        aliases: other tensors of the module on the very same memory, such as a second ``Parameter(first.data)``.
+        is_buffer: whether it is a buffer rather than a parameter.
+        rewritten: whether a forward pass may write to it, as that of ``nn.Embedding(max_norm=...)`` does.
+    """
+
+    names: tuple[str, ...]
+    slots: tuple[tuple[Table, str], ...]
+    tensor: Tensor
+    aliases: tuple[Tensor, ...]
+    is_buffer: bool
+    rewritten: bool
+
+    @property
+    def name(self) -> str:
+        """The first of the names: the one it counts under."""
+        return self.names[0]
+
+    def matches(self, include: Sequence[str] | None, exclude: Sequence[str]) -> bool:
+        """Whether any of its names matches ``include`` (None: all) and none matches ``exclude``."""
+        return (include is None or _any_match(self.names, include)) and not _any_match(self.names, exclude)
+
+
+class Survey:
+    """One walk over a module, with what is needed to notice cheaply that it is out of date.
+
+    Attributes:
+        candidates: what could be averaged.
+        tensors: every parameter and every buffer of the ``state_dict``, integers too, by all of their names.
+        resharding: the submodules that show unsharded parameters now and then.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.owner = type(module).__name__
+        self.resharding = resharding(module)
+        self.settle()
+        self.tensors: dict[str, Tensor] = {}
+        places: dict[object, list[_Place]] = {}
+        self._children: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
+        self._tables: list[dict[str, Tensor | None] | dict[str, nn.Module | None]] = []
+        for path, owner in _modules(module):
+            parameters, buffers, children = tables_of(owner)
+            self._tables += [parameters, buffers, children]
+            self._children += [(children, leaf, child) for leaf, child in children.items() if child is not None]
+            volatile = transient_buffers(owner)
+            for table, is_buffer in ((parameters, False), (buffers, True)):
+                for leaf, tensor in table.items():
+                    if tensor is None or (is_buffer and leaf in volatile):
+                        continue
+                    self.tensors.setdefault(f"{path}{leaf}", tensor)
+                    if _floats(tensor):  # quantized weights are stored as integers, and stay out like integer buffers
+                        rewritten = getattr(owner, "max_norm", None) is not None
+                        place = _Place(f"{path}{leaf}", table, leaf, tensor, is_buffer, rewritten)
+                        places.setdefault(memory_of(tensor), []).append(place)
+        self._size = sum(map(len, self._tables))
+        self.candidates = [_candidate(alike) for alike in places.values()]
+
+    def settle(self) -> None:
+        """Makes the module show the parameters that were found, where a forward pass left unsharded ones in place."""
+        reshard(self.resharding)
+
+    def holds(self) -> bool:
+        """Whether the module still has the same submodules and as many tensors. About 0.2 us a submodule."""
+        for table, leaf, child in self._children:
+            if table.get(leaf) is not child:
+                return False
+        return sum(map(len, self._tables)) == self._size
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    name: str
+    table: Table
+    leaf: str
+    tensor: Tensor
+    is_buffer: bool
+    rewritten: bool
+
+
+def _candidate(places: list[_Place]) -> Candidate:
+    """One candidate for all places that show the same memory."""
+    tensor = next((place.tensor for place in places if place.tensor.requires_grad), places[0].tensor)
+    aliases = {id(place.tensor): place.tensor for place in places if place.tensor is not tensor}
+    return Candidate(
+        names=tuple(dict.fromkeys(place.name for place in places)),
+        slots=tuple((place.table, place.leaf) for place in places if place.tensor is tensor),
+        tensor=tensor,
+        aliases=tuple(aliases.values()),
+        is_buffer=places[0].is_buffer,
+        rewritten=any(place.rewritten for place in places),
+    )
+
+
+def memory_of(tensor: Tensor) -> object:
+    """Equal for tensors that show the same memory in the same way."""
+    pointer = 0 if is_lazy(tensor) else local(tensor).data_ptr()
+    if pointer == 0:  # not there yet, empty, or on the meta device
+        return id(tensor)
+    return pointer, tensor.dtype, tensor.shape, tensor.stride()
+
+
+def joins(candidate: Candidate, include_frozen: bool) -> bool:
+    """Whether a parameter takes part by itself: it is trained (or frozen ones are asked for) and exists already.
+
+    Lazy parameters have no shape before the first forward pass; frozen ones may be unfrozen later. Both are asked
+    again at every update.
+    """
+    tensor = next((table.get(leaf) for table, leaf in candidate.slots), None)
+    return tensor is not None and (tensor.requires_grad or include_frozen) and not is_lazy(tensor)
+
+
+def check_patterns(survey: Survey, include: Sequence[str] | None, exclude: Sequence[str]) -> None:
+    """Refuse a pattern that matches no tensor at all: most likely it is misspelt.
+
+    Raises:
+        ValueError: naming the pattern and some of the names there are.
+    """
+    names = [name for candidate in survey.candidates for name in candidate.names]
+    for argument, patterns in (("include", include or ()), ("exclude", exclude)):
+        for pattern in patterns:
+            if not _any_match(names, [pattern]):
+                shown = ", ".join(names[:6]) + (f", ... ({len(names)} in all)" if len(names) > 6 else "")
+                raise ValueError(
+                    f"{argument}={list(patterns)!r}: {pattern!r} matches no tensor of {survey.owner}. "
+                    f"The names are {shown or 'none at all'}; '*' stands for any characters, dots included."
+                )
+
+
+def tables_of(module: nn.Module) -> tuple[Table, Table, dict[str, nn.Module | None]]:
+    """A module's own parameters, buffers and children: the dictionaries themselves.
+
+    They are not public in torch, but the only way to see in half a microsecond that a tensor was replaced, and to see
+    a parametrized module's stored tensors rather than the computed ones.
+    """
+    return module._parameters, module._buffers, module._modules  # type: ignore[return-value]
+
+
+def transient_buffers(module: nn.Module) -> set[str]:
+    """The names of a module's own buffers that are not part of its ``state_dict``."""
+    return module._non_persistent_buffers_set
+
+
+def _modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules under the prefix of their names, wrappers and metrics left out; shared ones as often as they hang."""
+    pending: list[tuple[str, nn.Module]] = [("", module)]
+    while pending:
+        path, owner = pending.pop()
+        yield path, owner
+        children = []
+        for leaf, child in tables_of(owner)[2].items():
+            if child is None or isinstance(child, torchmetrics.Metric):
+                continue
+            children.append((path if _wraps(owner, leaf) else f"{path}{leaf}.", child))
+        pending.extend(reversed(children))
+
+
+def _wraps(owner: nn.Module, leaf: str) -> bool:
+    return leaf in _WRAPPER_LEAVES or (leaf == "module" and isinstance(owner, (DataParallel, DistributedDataParallel)))
+
+
+def _floats(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def without_wrappers(key: str) -> str:
+    """A key of a ``state_dict`` without the prefixes that wrappers leave in it."""
+    return ".".join(part for part in key.split(".") if part not in _WRAPPER_LEAVES)
+
+
+def _any_match(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+def owns_storage(tensor: Tensor) -> bool:
+    """Whether the tensor is all of its storage, and the storage can be exchanged for another unnoticed.
+
+    It cannot where the tensor is a view into something larger (a user's flat buffer, cuDNN's LSTM weights), where
+    other processes read the storage (``share_memory_()``; on CUDA ``is_shared`` is always true and means nothing), or
+    where a subclass of Tensor keeps its data elsewhere.
+    """
+    if is_sharded(tensor):
+        return False  # its forward pass reads memory that the shard is a view of
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    shared = tensor.device.type == "cpu" and tensor.is_shared()  # type: ignore[no-untyped-call]
+    return whole and not shared and type(tensor) in (Tensor, nn.Parameter)

@@ -1,0 +1,1 @@
+"""Snapshots during the run, and what is made of them afterwards."""

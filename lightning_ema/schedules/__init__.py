@@ -1,0 +1,1 @@
+"""The decay as a function of the step."""

@@ -1,0 +1,1 @@
+"""Losses, ramps, metrics and data of semi-supervised training."""

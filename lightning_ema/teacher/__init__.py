@@ -1,0 +1,1 @@
+"""An average that is a module of its own."""

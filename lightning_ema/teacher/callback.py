@@ -1,0 +1,296 @@
+"""Lightning's hooks that keep a teacher: when it starts, follows its student and is resumed. No arithmetic."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_ema.averaging.weight_average import WeightAverage
+from lightning_ema.callback.messages import other_settings
+from lightning_ema.checkpoint.entry import changes
+from lightning_ema.modules.batchnorm import statistics_of
+from lightning_ema.modules.named_tensors import Survey
+from lightning_ema.schedules.basic import Plan
+from lightning_ema.teacher.config import MeanTeacherConfig
+from lightning_ema.teacher.networks import Watched, check_alike, check_width, copy_buffers, copy_frozen, networks
+from lightning_ema.trainer import facts
+from lightning_ema.trainer.step_counter import StepCounter
+
+_NOT_STARTED = sys.maxsize
+_OF_TENSORS = ("average", "others", "origin")
+
+
+@facts.known_to_pytorch_lightning
+class TeacherCallback(Callback):
+    """Keeps ``pl_module.teacher`` the average of ``pl_module.student``. The mixin brings it in by itself.
+
+    It derives from ``Callback`` alone: Lightning drops callbacks of the trainer that are of a superclass's type.
+    """
+
+    def __init__(self) -> None:
+        self._average: WeightAverage | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._steps = StepCounter()
+        self._steps_before = 0
+        self._pace = facts.Pace()
+        self._plan: Plan | None = None
+        self._config = MeanTeacherConfig()
+        self._module: LightningModule | None = None
+        self._teacher = nn.Module()
+        self._watched = Watched(self._teacher)
+        self.known = False
+        """Whether a trainer had this callback at some time. A tuner sets all callbacks aside for a while."""
+
+    @property
+    def state_key(self) -> str:
+        return "MeanTeacher"
+
+    @property
+    def average(self) -> WeightAverage | None:
+        """The engine, which writes into the teacher's own tensors; None until training starts."""
+        return self._average
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the student since the start."""
+        if self._average is not None:
+            return self._average.num_steps
+        return 0 if self._loaded is None else int(self._loaded["num_steps"])
+
+    # --- a fit ------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        facts.check_strategy(trainer)
+        self.known = True
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _check_optimizers(trainer, pl_module)
+        student, teacher = networks(pl_module)
+        config: MeanTeacherConfig = pl_module.mean_teacher  # type: ignore[assignment]
+        if config.buffers == "ignore" and config.teacher_mode == "eval" and statistics_of(teacher):
+            rank_zero_warn(
+                "MeanTeacher: with buffers='ignore' and teacher_mode='eval' the teacher's BatchNorm statistics stay "
+                "what they are now, while its weights move on. Write buffers='average', or teacher_mode='train'."
+            )
+        _check_recalibration(trainer, teacher)
+        self._module, self._config, self._plan = pl_module, config, None
+        if trainer.ckpt_path is None:
+            self._loaded = None  # of a file that was only tested or validated
+        begins = facts.begins(trainer) and self._loaded is None
+        if not begins and self._loaded is None and self._average is not None and self._average.module is student:
+            self._loaded = self.state_dict()  # the teacher, its tensors or the settings may have been replaced
+        average = self._pair(pl_module)
+        if begins:
+            average.start_at(0)
+            with torch.no_grad():
+                copy_frozen(student, teacher, average)
+            self._copy_buffers(average)
+        else:
+            self._go_on(average)
+        self._steps.hold(self._owns)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        average = self._require()
+        config: MeanTeacherConfig = pl_module.mean_teacher  # type: ignore[assignment]
+        self._teacher.train(config.teacher_trains(pl_module.training))  # may be assigned late
+        if not average.module.training:
+            rank_zero_warn(
+                "MeanTeacher: the student is in eval mode, so its dropout and BatchNorm do not train. Call "
+                "self.student.train() if that is not meant."
+            )
+        if facts.begins(trainer):
+            self._steps_before, self._pace = average.num_steps, facts.Pace()
+        self._pace = facts.pace(trainer, self._pace, average.num_steps - self._steps_before)
+        self._plan = facts.plan(trainer, self._pace).after(-self._steps_before).after(average.start_step)
+        average.bind(self._plan)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _check_optimizers(trainer, pl_module)  # again: what is unfrozen in training is added to an optimizer
+        self._teacher.requires_grad_(False)  # again: the whole module may have been unfrozen
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        average = self._keep_up(pl_module)
+        with self._in_words_of_teacher_and_student(average):
+            average.refresh()
+        self._steps.open()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._steps.close()
+        if self.absorb() and facts.logs_this_step(trainer):
+            average = self._require()
+            values = {"mean_teacher/decay": average.decay, "mean_teacher/distance": average.distance()}
+            pl_module.log_dict(values, on_step=True, on_epoch=False)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.absorb()
+        self._steps.release()
+        if self.num_steps > 0 and not facts.is_trial(trainer):
+            self._report(self._require())
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        try:
+            self.absorb()
+        except (RuntimeError, ValueError) as error:  # the exception under way matters more
+            rank_zero_warn(str(error))
+        finally:
+            self._steps.release()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._steps.release()
+
+    def absorb(self) -> bool:
+        """Lets the teacher follow the steps taken since the last time; gives whether there were any."""
+        steps = self._steps.take()
+        if self._average is None or self._module is None or not steps:
+            return False
+        average = self._keep_up(self._module)
+        with self._in_words_of_teacher_and_student(average):
+            if average.step(steps):
+                self._copy_buffers(average)
+        return True
+
+    @contextmanager
+    def _in_words_of_teacher_and_student(self, average: WeightAverage) -> Iterator[None]:
+        """Where the engine fails because the two are no longer built alike, says which of their tensors differ."""
+        try:
+            yield
+        except (RuntimeError, ValueError):
+            check_alike(average.module, self._teacher, self._buffers_follow)
+            raise
+
+    def _keep_up(self, pl_module: LightningModule) -> WeightAverage:
+        """The engine for the networks as they are now: either one, or a part of the teacher, may have been replaced."""
+        average = self._require()
+        student, teacher = networks(pl_module)
+        if student is average.module and teacher is self._teacher and self._watched.holds():
+            return average
+        self._loaded = self.state_dict()
+        average = self._pair(pl_module)
+        self._go_on(average)
+        if self._plan is not None:
+            average.bind(self._plan)
+        _check_trained(pl_module, average)
+        return average
+
+    def _pair(self, pl_module: LightningModule) -> WeightAverage:
+        student, teacher = networks(pl_module)
+        check_width(teacher)
+        check_alike(student, teacher, self._buffers_follow)
+        teacher.requires_grad_(False)
+        self._average = _average(student, teacher, self._config)
+        self._teacher, self._watched = teacher, Watched(teacher)
+        return self._average
+
+    @property
+    def _buffers_follow(self) -> bool:
+        return self._config.buffers != "ignore"
+
+    def _owns(self, optimizer: Optimizer) -> bool:
+        return self._average is not None and self._average.owns(optimizer)
+
+    def _copy_buffers(self, average: WeightAverage) -> None:
+        if self._buffers_follow:
+            with torch.no_grad():
+                copy_buffers(average.module, self._teacher, average)
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.absorb()  # into tensors that the file's state_dict refers to
+
+    def state_dict(self) -> dict[str, Any]:
+        self.absorb()
+        if self._average is None:
+            return {} if self._loaded is None else self._loaded
+        with self._in_words_of_teacher_and_student(self._average):
+            everything = self._average.state_dict()
+        state = {name: value for name, value in everything.items() if name not in _OF_TENSORS}
+        names = [name for name, _ in self._average.named_tensors()]
+        return {**state, "names": names, "steps_before": self._steps_before, "pace": list(self._pace)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loaded = dict(state_dict) or None
+        if self._steps.held and self._average is not None:  # a tuner restores in the middle of a fit
+            self._go_on(self._average)
+
+    def _go_on(self, average: WeightAverage) -> None:
+        """Goes on from the teacher's tensors as they are, with the counters of a file where there is one."""
+        state, self._loaded = self._loaded, None
+        if state is None:
+            names = [name for name, _ in average.named_tensors()]
+            state = {**average.state_dict(), "started": True, "start_step": 0, "names": names}
+        elif changed := changes(state, average.settings.describe()):
+            rank_zero_warn(f"MeanTeacher: {other_settings(changed)}")
+        self._steps_before = state.get("steps_before", 0)
+        self._pace = facts.Pace(*state.get("pace", ()))
+        tensors = Survey(self._teacher).tensors
+        stored = {name: tensors[name] for name in state["names"] if name in tensors}
+        average.load_state_dict({**state, "average": stored})
+
+    def _report(self, average: WeightAverage) -> None:
+        if average.num_updates > 0:
+            rank_zero_info(f"MeanTeacher: {average.report()}")
+        else:
+            rank_zero_warn(
+                f"MeanTeacher: the teacher was not updated in {average.num_steps} steps and is still what the student "
+                f"was at the start: every_n_steps={average.settings.every_n_steps} is longer than the run. Lower it."
+            )
+
+    def _require(self) -> WeightAverage:
+        if self._average is None:
+            raise RuntimeError("the teacher is not kept yet: its callback's on_fit_start did not run.")
+        return self._average
+
+
+def _check_optimizers(trainer: Trainer, pl_module: LightningModule) -> None:
+    _, teacher = networks(pl_module)
+    names = {id(parameter): name for name, parameter in teacher.named_parameters()}
+    parameters = [p for o in trainer.optimizers for group in o.param_groups for p in group["params"]]
+    found = [f"teacher.{names[id(p)]}" for p in parameters if id(p) in names]
+    if found:
+        raise ValueError(
+            f"an optimizer holds {len(found)} parameters of the teacher: {', '.join(found[:4])}"
+            f"{', ...' if len(found) > 4 else ''}. The teacher only follows. In configure_optimizers write "
+            "self.student.parameters() instead of self.parameters()."
+        )
+
+
+def _check_trained(pl_module: LightningModule, average: WeightAverage) -> None:
+    trainer = facts.trainer_of(pl_module)
+    if trainer is not None and trainer.optimizers and not any(map(average.owns, trainer.optimizers)):
+        raise ValueError(
+            "the student or its parameters were replaced in training, and no optimizer holds the new ones: neither it "
+            "nor the teacher would move. Replace them before fit, or copy the values: "
+            "self.student.load_state_dict(...) without assign=True."
+        )
+
+
+def _check_recalibration(trainer: Trainer, teacher: nn.Module) -> None:
+    recalibrating = any(getattr(callback, "recalibrate_batches", 0) for callback in facts.callbacks(trainer))
+    if recalibrating and statistics_of(teacher):
+        raise ValueError(
+            "buffers='recalibrate' of an EMACallback empties the BatchNorm statistics of the whole module, the "
+            "teacher's too, and they are not filled again. Write EMACallback(buffers='average') beside a teacher."
+        )
+
+
+def _average(student: nn.Module, teacher: nn.Module, config: MeanTeacherConfig) -> WeightAverage:
+    return WeightAverage(
+        student,
+        config.schedule,
+        every_n_steps=config.every_n_steps,
+        start_step=_NOT_STARTED,
+        decay_per=config.decay_per,
+        buffers="average" if config.buffers == "average" else "copy",
+        into=teacher,
+    )

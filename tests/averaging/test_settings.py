@@ -1,0 +1,108 @@
+import warnings
+
+import pytest
+import torch
+
+from lightning_ema import Constant, EMACallback, HalfLife, Ramp, Then, Warmup, WeightAverage
+from lightning_ema.averaging.settings import label
+
+BAD = [
+    ({"decay": 1.5}, ValueError, r"decay is 1.5; it must lie in \[0, 1\]"),
+    ({"decay": -0.1}, ValueError, r"decay is -0.1; it must lie in"),
+    ({"decay": "0.9"}, TypeError, "decay is '0.9'; it must be a number in .*, a Schedule or a list"),
+    ({"decay": True}, TypeError, "decay is True"),
+    ({"decay": []}, ValueError, r"decay is empty; write a number, a Schedule or a list .*\[0.99, 0.999\]"),
+    ({"decay": [0.9, 0.99, Warmup(0.9)]}, ValueError, r"decay holds Warmup\(0.9\) twice"),
+    ({"decay": [0.9, 1.5]}, ValueError, r"decay is 1.5; it must lie in \[0, 1\]"),
+    ({"decay": [0.9, [0.99]]}, TypeError, r"decay is \[0.99\]; it must be a number"),
+    ({"every_n_steps": 0}, ValueError, "every_n_steps is 0; it must be at least 1"),
+    ({"every_n_steps": -3}, ValueError, "every_n_steps is -3"),
+    ({"every_n_steps": 2.0}, TypeError, "every_n_steps is 2.0; it must be a whole number"),
+    ({"start_step": -1}, ValueError, "start_step is -1; it must be at least 0"),
+    ({"decay_per": "epoch"}, ValueError, "decay_per is 'epoch'; accepted are 'step', 'update'"),
+    ({"include": "net.*"}, TypeError, r"include is the string 'net.\*'; it must be a list .*include=\['net"),
+    ({"exclude": "net.*"}, TypeError, "exclude is the string"),
+    ({"buffers": "ignore"}, ValueError, "buffers is 'ignore'; accepted are 'average', 'copy'"),
+    ({"dtype": torch.bfloat16}, ValueError, "an average needs a real type of at least float32"),
+    ({"dtype": torch.int64}, ValueError, "an average needs a real type of at least float32"),
+    ({"dtype": "float32"}, TypeError, "dtype is 'float32'; it must be a torch dtype"),
+    ({"dtype": torch.complex64}, ValueError, "an average needs a real type of at least float32"),
+    ({"device": "meta"}, ValueError, "device is 'meta', where tensors hold no numbers"),
+    ({"device": "foo"}, ValueError, "device is 'foo'; torch knows no such device"),
+    ({"include": []}, ValueError, "include is empty, so that nothing would be averaged"),
+    ({"include": [1]}, TypeError, r"include is \[1\]; it must be a list of patterns"),
+    ({"include_frozen": "no"}, TypeError, "include_frozen is 'no'; it must be True or False"),
+    ({"on_nonfinite": "warn"}, ValueError, "on_nonfinite is 'warn'; accepted are 'skip', 'raise', 'ignore'"),
+]
+
+
+@pytest.mark.parametrize("make", [EMACallback, lambda **kw: WeightAverage(torch.nn.Linear(1, 1), **kw)])
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD, ids=lambda v: str(v)[:30])
+def test_bad_arguments_are_refused_at_construction(make, arguments, error, message):
+    with pytest.raises(error, match=message):
+        make(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"evaluate": "ema"}, "evaluate is 'ema'; accepted are 'average', 'live', 'both'"),
+        ({"after_fit": "both"}, "after_fit is 'both'; accepted are 'average', 'live'"),
+        ({"start_epoch": -1}, "start_epoch is -1; it must be at least 0"),
+        ({"recalibrate_batches": 5}, "recalibrate_batches=5 needs buffers='recalibrate'"),
+        ({"recalibrate_batches": 0, "buffers": "recalibrate"}, "recalibrate_batches is 0; it must be at least 1"),
+        ({"name": ""}, "name is ''; it must be a word"),
+    ],
+)
+def test_the_callbacks_own_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        EMACallback(**arguments)
+
+
+def test_a_number_is_warmed_up_and_a_schedule_is_taken_as_it_is():
+    assert EMACallback(0.99).settings.decay == Warmup(0.99)
+    assert EMACallback(Constant(0.99)).settings.decay == Constant(0.99)
+
+
+def test_an_interval_beyond_a_tenth_of_the_horizon_warns_with_what_would_fit():
+    with pytest.warns(
+        UserWarning, match=r"every_n_steps=20 is more than a tenth of the horizon .* = 100 steps.* every_n_steps=10"
+    ):
+        EMACallback(0.99, every_n_steps=20)
+
+
+@pytest.mark.parametrize(("decay", "every_n_steps"), [(0.99, 10), (0.9, 1), (Constant(1.0), 10**6)])
+def test_an_interval_within_a_tenth_of_the_horizon_does_not(decay, every_n_steps):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        EMACallback(decay, every_n_steps=every_n_steps)
+
+
+def test_settings_come_back_from_their_own_arguments():
+    average = WeightAverage(torch.nn.Linear(1, 1), 0.9, start_step=3, exclude=["bias"], dtype=torch.float64)
+    assert WeightAverage(average.module, **average.settings.as_arguments()).settings == average.settings
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "name"),
+    [
+        (HalfLife(epochs=1), HalfLife(epochs=1.0), "HalfLife_epochs_1"),
+        (
+            Then(1, at=3, second=Ramp(0.99, tau=20)),
+            Then(1.0, at=3, second=Ramp(0.99, tau=20.0)),
+            "Then_1_3_Ramp_0.99_20",
+        ),
+        (Then(0.5, at=3, second=Constant(0.99)), Then(0.5, 3, Constant(0.99)), "Then_0.5_3_Constant_0.99"),
+        (Warmup(0.9, offset=20), Warmup(0.9, offset=20.0), "Warmup_0.9_offset_20"),
+        (Warmup(1), Warmup(1.0), "1.0"),
+        (HalfLife(epochs=10.05), HalfLife(epochs=10.05), "HalfLife_epochs_10.05"),
+    ],
+)
+def test_equal_schedules_have_one_name(one, other, name):
+    assert one == other
+    assert label(one) == label(other) == name
+
+
+def test_the_engine_alone_has_no_batches_to_recalibrate_from():
+    with pytest.raises(ValueError, match=r"EMACallback takes from its Trainer.*buffers='copy'.*update_bn"):
+        WeightAverage(torch.nn.Linear(1, 1), buffers="recalibrate")

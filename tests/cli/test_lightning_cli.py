@@ -1,0 +1,186 @@
+"""The real LightningCLI, with a YAML file and with arguments on the command line."""
+
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from command_line import cli
+
+import lightning_ema
+from lightning_ema import (
+    Annealing,
+    Bema,
+    Constant,
+    CopyFirst,
+    Cosine,
+    Debiased,
+    Equal,
+    ExponentialAnnealing,
+    HalfLife,
+    InversePower,
+    Power,
+    Ramp,
+    Scaled,
+    Schedule,
+    Shifted,
+    Snapshots,
+    Then,
+    Warmup,
+)
+
+HERE = Path(__file__).parents[1]
+
+
+def config(tmp_path, **init_args):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "trainer": {
+                    "accelerator": "cpu",
+                    "max_epochs": 2,
+                    "logger": False,
+                    "enable_checkpointing": False,
+                    "enable_progress_bar": False,
+                    "callbacks": [{"class_path": "lightning_ema.EMACallback", "init_args": init_args}],
+                }
+            }
+        )
+    )
+    return f"--config={path}"
+
+
+COSINE = {"class_path": "lightning_ema.Cosine", "init_args": {"start": 0.5, "end": 1.0}}
+
+
+def callback_of(made):
+    (callback,) = [c for c in made.trainer.callbacks if type(c).__name__ == "EMACallback"]
+    return callback
+
+
+def test_a_yaml_file_with_a_schedule_trains(tmp_path):
+    callback = callback_of(cli("fit", config(tmp_path, decay=COSINE)))
+    assert callback.settings.decay == Cosine(0.5, 1.0)
+    assert callback.average.schedule == Cosine(0.5, 1.0, total_steps=12)
+    assert callback.average.num_updates == 12
+
+
+def as_yaml(value):
+    if not isinstance(value, Schedule):
+        return value
+    given = {field.name: as_yaml(getattr(value, field.name)) for field in fields(value)}
+    return {"class_path": f"lightning_ema.{type(value).__name__}", "init_args": given}
+
+
+def test_every_schedule_comes_out_of_yaml(tmp_path):
+    schedules = [
+        Annealing(0.99, gamma=10),
+        Bema(eta=0.3),
+        Constant(0.9),
+        CopyFirst(Equal()),
+        Cosine(0.5, 1.0, total_steps=10),
+        Debiased(0.9),
+        Equal(),
+        ExponentialAnnealing(0.99, gamma=10, offset=1),
+        HalfLife(epochs=2),
+        InversePower(0.99, power=0.75),
+        Power(sigma_rel=0.1),
+        Ramp(0.99, tau=10),
+        Scaled(Warmup(0.99), batch_factor=2),
+        Shifted(Warmup(0.99), by=7),
+        Then(0.5, at=3, second=Then(Constant(0.9), at=2, second=Equal())),
+        Warmup(0.9, offset=3),
+    ]
+    public = {name for name in lightning_ema.__all__ if _is_schedule(getattr(lightning_ema, name))}
+    assert {type(schedule).__name__ for schedule in schedules} == public - {"Schedule"}
+    made = cli(config(tmp_path, decay=[0.999, *map(as_yaml, schedules)]), run=False)
+    assert list(callback_of(made).settings.decays) == [Warmup(0.999), *schedules]
+
+
+def _is_schedule(named):
+    return isinstance(named, type) and issubclass(named, Schedule)
+
+
+def test_every_argument_can_be_written_in_yaml(tmp_path):
+    nested = {
+        "class_path": "lightning_ema.Then",
+        "init_args": {
+            "first": 0.5,
+            "at": 3,
+            "second": {"class_path": "lightning_ema.Constant", "init_args": {"decay": 0.99}},
+        },
+    }
+    arguments = {
+        "decay": nested, "every_n_steps": 1, "start_step": 2, "start_epoch": 1, "decay_per": "update",
+        "include": ["net.*"], "exclude": ["net.4.bias"], "include_frozen": True, "buffers": "copy",
+        "dtype": "torch.float64", "device": "cpu", "evaluate": "live", "after_fit": "live", "on_nonfinite": "skip",
+        "name": "slow", "switch_every": "epoch", "snapshots": {"dirpath": "there", "every_n_steps": 7, "keep": 9},
+    }  # fmt: skip
+    callback = callback_of(cli(config(tmp_path, **arguments), run=False))
+    settings = callback.settings
+    assert settings.decay == Then(0.5, at=3, second=Constant(0.99))
+    assert (settings.start_step, settings.decay_per, settings.include, settings.exclude) == (
+        2,
+        "update",
+        ("net.*",),
+        ("net.4.bias",),
+    )
+    assert (settings.dtype, settings.device) == (torch.float64, torch.device("cpu"))
+    assert (settings.include_frozen, settings.buffers, settings.on_nonfinite) == (True, "copy", "skip")
+    assert (callback.switch_every, callback.snapshots) == ("epoch", Snapshots("there", every_n_steps=7, keep=9))
+    assert (callback.start_epoch, callback.scoring.evaluate, callback.after_fit, callback.name) == (
+        1,
+        "live",
+        "live",
+        "slow",
+    )
+
+
+def test_several_decays_and_what_is_done_with_them_in_yaml(tmp_path):
+    callback = callback_of(cli(config(tmp_path, decay=[0.9, 0.99], others="evaluate", switch_every=4), run=False))
+    assert callback.settings.decays == (Warmup(0.9), Warmup(0.99))
+    assert (callback.scoring.others, callback.switch_every) == ("evaluate", 4)
+
+
+def test_short_names_on_the_command_line(tmp_path):
+    made = cli(
+        "--trainer.callbacks+=EMACallback", "--trainer.callbacks.decay=0.99", "--trainer.logger=false", run=False
+    )
+    assert callback_of(made).settings.decay.decay == 0.99
+    made = cli(
+        "--trainer.callbacks+=EMACallback",
+        "--trainer.callbacks.decay=Cosine",
+        "--trainer.callbacks.decay.start=0.5",
+        "--trainer.callbacks.decay.end=0.9",
+        "--trainer.logger=false",
+        run=False,
+    )
+    assert callback_of(made).settings.decay == Cosine(0.5, 0.9)
+
+
+@pytest.mark.parametrize("bad", [{"decay": 1.5}, {"buffers": "ignore"}, {"every_n_steps": 0}])
+def test_a_bad_value_is_refused_by_name(bad, tmp_path, capsys):
+    with pytest.raises((SystemExit, ValueError)) as error:
+        cli(config(tmp_path, **bad), run=False)
+    (name,) = bad
+    assert name in capsys.readouterr().err + str(error.value)
+
+
+def test_print_config_round_trips(tmp_path):
+    script = "import lightning_ema; from command_line import cli; cli(*__import__('sys').argv[1:])"
+
+    def printed(argument):
+        command = [sys.executable, "-W", "ignore", "-c", script, "fit", argument, "--print_config"]
+        return subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True).stdout
+
+    first = printed(config(tmp_path, decay=COSINE, include=["net.*"]))
+    (tmp_path / "again.yaml").write_text(first)
+    assert printed(f"--config={tmp_path / 'again.yaml'}") == first
+    (callback,) = yaml.safe_load(first)["trainer"]["callbacks"]
+    assert callback["class_path"] == "lightning_ema.EMACallback"
+    assert callback["init_args"]["decay"]["class_path"] == "lightning_ema.Cosine"
+    assert callback["init_args"]["every_n_steps"] == 1
