@@ -1,9 +1,11 @@
 """Weight averaging for PyTorch Lightning."""
 
 from lightning_ema import interop, recipes
-from lightning_ema.averaging.swap import Loan
+from lightning_ema.averaging.settings import Recalibrate
 from lightning_ema.averaging.weight_average import WeightAverage
 from lightning_ema.callback.ema_callback import EMACallback
+from lightning_ema.callback.switch import SwitchEMA
+from lightning_ema.evaluation.settings import Select
 from lightning_ema.interop.export import export_average
 from lightning_ema.posthoc.snapshots import Snapshots
 from lightning_ema.posthoc.synthesis import Synthesis, synthesize
@@ -47,7 +49,6 @@ __all__ = [
     "ExponentialAnnealing",
     "HalfLife",
     "InversePower",
-    "Loan",
     "MeanTeacherConfig",
     "MeanTeacherMixin",
     "PerSample",
@@ -56,12 +57,15 @@ __all__ = [
     "PseudoLabelAcceptance",
     "PseudoLabelAccuracy",
     "Ramp",
+    "Recalibrate",
     "RelativeWeightDistance",
     "Scaled",
     "Schedule",
+    "Select",
     "SemiSupervisedDataModule",
     "Shifted",
     "Snapshots",
+    "SwitchEMA",
     "Synthesis",
     "TeacherStudentAgreement",
     "Then",

@@ -1,267 +1,177 @@
-"""Who carries which weights, from the start of a fit to whatever comes after it. Knows torch, not Lightning."""
+"""Which weights a module holds - its live ones, an average, those of a file - and the way back. Knows torch alone.
+
+    live      what the optimizer trains
+    average   one average: swapped in for an evaluation, or applied, as after a fit
+    file      what was loaded for an evaluation after a fit; the live weights are stored meanwhile
+
+A module has one :class:`ModuleWeights`, which all its averages and callbacks share, and in it a ``TensorSet`` for each
+set of tensors that is averaged. They alone change what the module holds.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import Any, Literal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, ClassVar
+from weakref import WeakSet, WeakValueDictionary
 
-import torch
 from torch import Tensor, nn
 
-from lightning_ema.averaging.swap import lasting
-from lightning_ema.averaging.weight_average import WeightAverage
-from lightning_ema.checkpoint.entry import pack, unpack
-from lightning_ema.distributed import dtensor as shards
-from lightning_ema.modules.batchnorm import Recalibration
-from lightning_ema.modules.edits import Footprint
+from lightning_ema.averaging.pair import Pair
+from lightning_ema.averaging.tensor_set import Batches, Held, TensorSet, Tracked, write
+from lightning_ema.modules.batchnorm import Statistics, statistics_of
+from lightning_ema.modules.edits import Edits
 from lightning_ema.modules.named_tensors import Survey
 
-Batches = AbstractContextManager[Iterable[Any]]
 
-
-class Custody:
-    """An average and all that changes hands around it.
-
-    The module carries, at any time, one of: its live weights; the average on loan, in an evaluation; the average
-    delivered, after a fit; the weights of a file that is evaluated after a fit, while the live ones are kept aside.
-
-    Args:
-        average: the average.
-        evaluates: whether evaluations and ``state_dict`` are given the average; otherwise it is only followed.
-        recalibrates: whether BatchNorm statistics are re-estimated for it.
+class ModuleWeights:
+    """What one module holds now, for all of its averages and callbacks.
 
     Attributes:
-        steps_before: steps that the average had seen when the present trainer began; the run's length comes on top.
-        switched: how often the live weights were due to be set to the average in the present trainer; None at first.
-        chosen: the place of the average that evaluations and files are given.
-        choices: how many validations have ended in which one could be chosen.
+        module: the module.
+        held: the averages that its tensors hold, or will again; the newest last.
+        stored: the live weights by name while the module holds those of a file; else empty.
     """
 
-    def __init__(self, average: WeightAverage, evaluates: bool, recalibrates: bool) -> None:
-        self.average = average
-        self.steps_before = 0
-        self.switched: int | None = None
-        self.chosen = self.choices = 0
-        self._evaluates = evaluates
-        self._statistics = [Recalibration(average.module) for _ in average.averages] if recalibrates else []
-        self._aside: dict[str, Tensor] = {}
-        self._was_delivered = self._loading = False
-        self._footprint: Footprint | None = None
+    known: ClassVar[WeakValueDictionary[int, ModuleWeights]] = WeakValueDictionary()
 
-    # --- training ---------------------------------------------------------------------------------------------------
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.held: list[Held] = []
+        self.stored: Statistics = {}
+        self._sets: WeakSet[TensorSet] = WeakSet()
+        self._was_applied: list[tuple[TensorSet, int]] = []
+        self._loading = self._expects_broadcast = False
+        self._edits: Edits | None = None
 
-    def switch(self, every: int | Literal["epoch"], epochs: int) -> None:
-        """Sets the live weights to the average where that has come due since the last call.
+    @classmethod
+    def of(cls, module: nn.Module) -> ModuleWeights:
+        """The one of this module."""
+        known = cls.known.get(id(module))
+        if known is None:
+            known = cls.known[id(module)] = cls(module)
+        return known
 
-        Args:
-            every: so many steps since the start of the average, or each epoch.
-            epochs: how many epochs have ended.
-        """
-        steps = max(0, self.average.num_steps - self.average.start_step)
-        due = epochs if every == "epoch" else steps // every
-        if self.switched is not None and due > self.switched and self.average.num_updates > 0:
-            self.average.apply()
-        self.switched = due
+    def add(self, tracked: Tracked, averages: int) -> TensorSet:
+        """A further set of tensors of this module, those of so many averages."""
+        tensors = TensorSet(self, tracked, averages)
+        self._sets.add(tensors)
+        return tensors
 
-    # --- an evaluation ----------------------------------------------------------------------------------------------
+    def live_of(self, pair: Pair) -> Tensor:
+        """Where the live tensor of a pair is to be found, whatever the module holds."""
+        for held in self.held:
+            live = None if held.paused else held.swap.live_of(pair.name)
+            if live is not None:
+                return live
+        return pair.live.detach()
 
-    @property
-    def lends(self) -> bool:
-        """Whether an evaluation or a file is to be given the average, and the module does not carry it already."""
-        carried = self.average.lends == self.chosen and (self.average.loan is not None or self.average.delivered)
-        return self.gives_average and not carried
+    def returning(self) -> list[Tensor]:
+        """The module's tensors whose contents, not their storage, come back with the live weights."""
+        swaps = [held for held in self.held if not held.paused and not held.applied]
+        written = [t for held in swaps if held.live_statistics for t in statistics_of(self.module).values()]
+        return [tensor for held in swaps for tensor in held.swap.returning()] + written
 
-    @property
-    def gives_average(self) -> bool:
-        """Whether evaluations and files are to see the average at present, rather than what is in the module."""
-        return self._evaluates and self.average.num_updates > 0 and not self.holds_file
+    def evaluated_beside(self, tensors: TensorSet) -> list[str]:
+        """The names of other callbacks that evaluate averages of some of these tensors."""
+        others = [each for each in self._sets if each is not tensors and each.evaluated_by and not each.over]
+        return [each.evaluated_by for each in others if tensors.evaluated_by and each.meets(tensors)]
+
+    def held_anywhere(self) -> list[Held]:
+        """What tensors of this module and of others hold now."""
+        return [held for weights in list(self.known.values()) for held in weights.held if not held.paused]
+
+    # --- whole evaluations and files ----------------------------------------------------------------------------------
 
     @property
     def holds_file(self) -> bool:
         """Whether the module holds the weights of a file that is evaluated after a fit."""
-        return bool(self._aside)
-
-    def lend(self, batches: Batches | None = None) -> None:
-        """Lends the average, with statistics estimated from ``batches`` where that has not been done for it yet."""
-        self._lend(self.chosen, batches)
-
-    def recall(self) -> None:
-        """Brings the live weights back, also from a loan that a user's hook made; without one it does nothing."""
-        loan = self.average.loan
-        if loan is not None:
-            self._take_statistics_out()
-            loan.recall()
+        return bool(self.stored)
 
     @contextmanager
-    def carried(self, batches: Batches | None) -> Iterator[None]:
-        """The module carries the average inside this block: already, or on a loan of its own."""
-        with self.instead(self.chosen, batches) if self.lends else nullcontext():
+    def as_evaluated(self, own: TensorSet, batches: Batches | None) -> Iterator[None]:
+        """Inside this block the module carries what evaluations and files are given, in all of its sets."""
+        with ExitStack() as block:
+            for tensors in sorted(self._sets, key=lambda each: each is own):
+                block.enter_context(tensors.as_evaluated(batches if tensors is own else None))
             yield
 
-    @contextmanager
-    def instead(self, place: int | None, batches: Batches | None = None) -> Iterator[None]:
-        """Inside this block the module carries one of several averages, or None: its live weights.
+    # --- after a fit --------------------------------------------------------------------------------------------------
 
-        Until the first update it carries its live weights, whichever is asked for.
+    def leave(self, tensors: TensorSet, apply: bool) -> None:
+        """A fit ends for a set: it is left with its live weights or, where there is one, with its average."""
+        if apply and tensors.wants_average:
+            tensors.apply(tensors.selected)
+        tensors.left = True
+        self._edits = Edits(self.module)
 
-        Afterwards it carries again what it did before, also on errors.
+    def begin(self, tensors: TensorSet) -> None:
+        """A fit begins for a set: its live weights come back from wherever they are."""
+        tensors.restore()
+        self._write_stored()
+        tensors.left = False
+        if not any(each.left for each in self._sets):
+            self._edits = None
+
+    def notice_edits(self) -> None:
+        """Whoever wrote to the module since the fit, other than a file under test, made it theirs.
+
+        What was kept of that fit is dropped then: the sets that took part in it are ``over``.
         """
-        carries = self.average.loan is not None or self.average.delivered
-        before = self.average.lends if carries else None
-        self._take_statistics_out()
-        try:
-            with self.average.suspended():
-                try:
-                    if place is not None and self.average.num_updates > 0:
-                        self._lend(place, batches)
-                    yield
-                finally:
-                    self.recall()
-        finally:
-            if before is not None:
-                self._put_statistics_in(before, None)
-
-    def _lend(self, place: int, batches: Batches | None) -> None:
-        self.average.averages[place].lend()
-        try:
-            self._put_statistics_in(place, batches)
-        except BaseException:
-            self.recall()
-            raise
-
-    def lasting(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """A ``state_dict`` of the module carrying the average that stays as it is after the recall."""
-        returning = [] if self.average.loan is None else self.average.loan.returning()
-        return lasting(state_dict, returning + [t for each in self._statistics[:1] for t in each.tensors()])
-
-    def _put_statistics_in(self, place: int, batches: Batches | None) -> None:
-        if not self._statistics:
+        if self._edits is None or self._edits.intact():
             return
-        updates, statistics = self.average.num_updates, self._statistics[place]
-        if batches is None or statistics.made_at == updates:
-            statistics.put_in(None, updates)
-        else:
-            with batches as inputs:
-                statistics.put_in(inputs, updates, together=self.average.reconcile is not None)
+        of_fit = [tensors for tensors in self._sets if tensors.left]
+        for tensors in of_fit:
+            tensors.over, tensors.left = True, False
+        self.held = [held for held in self.held if held.tensors not in of_fit]
+        self.stored, self._loading, self._edits = {}, False, None
 
-    def _take_statistics_out(self) -> None:
-        for statistics in self._statistics:
-            statistics.take_out()
+    def expect_broadcast(self, expected: bool) -> None:
+        """A strategy is about to overwrite all weights by the same weights, which is no edit."""
+        if expected:
+            self.notice_edits()  # as long as it can be told
+        self._expects_broadcast = expected
 
-    # --- after a fit ------------------------------------------------------------------------------------------------
+    def accept_broadcast(self) -> None:
+        """It has done so."""
+        if self._expects_broadcast and self._edits is not None and self._edits.intact(writes=1):
+            self._edits = Edits(self.module)
+        self._expects_broadcast = False
 
-    def leave(self, deliver: bool) -> None:
-        """A fit ends: the module is left with its live weights or, where there is one, with the average."""
-        self.average.release()
-        if deliver and self.lends:
-            self._deliver()
-        self._footprint = Footprint(self.average.module)
-
-    @property
-    def left(self) -> bool:
-        """Whether a fit has ended, and none has begun since."""
-        return self._footprint is not None
-
-    def edited(self) -> bool:
-        """Whether anyone but a file under test has written to the module since the fit."""
-        return self._footprint is not None and not self._footprint.intact()
-
-    def overwritten(self) -> None:
-        """What was written to every parameter once was what it held: that is no edit."""
-        if self._footprint is not None and self._footprint.intact(writes=1):
-            self._footprint = Footprint(self.average.module)
-
-    def put_aside(self) -> None:
-        """A file is about to be loaded for an evaluation: the live weights are copied, the average goes home."""
-        if not self._aside:
-            self._was_delivered = self.average.delivered
-            self._take_back_delivery()
-            self._aside = self.average.put_aside()
+    def store(self) -> None:
+        """A file is about to be loaded for an evaluation: copies of the live weights are stored."""
+        if not self.stored:
+            self._was_applied = [(held.tensors, held.place) for held in self.held if held.applied]
+            for tensors, _ in self._was_applied:
+                tensors.restore()
+            self.stored = {
+                name: tensor.detach().clone()
+                for name, tensor in Survey(self.module).tensors.items()
+                if tensor.requires_grad or not isinstance(tensor, nn.Parameter)
+            }
         self._loading = True
 
     def accept_file(self) -> None:
         """The file has been loaded: that is no edit."""
-        if self._aside:
-            self._footprint = Footprint(self.average.module)
+        if self.stored:
+            self._edits = Edits(self.module)
         self._loading = False
 
     def reject_file(self) -> None:
         """Loading the file, or what came right after it, failed: the module is left as the fit had left it."""
         if self._loading:
-            self.take_back()
-            self.leave(deliver=self._was_delivered)
+            self._write_stored()
+            for tensors, place in self._was_applied:
+                tensors.apply(place)
+            self._edits = Edits(self.module)
 
-    def take_back(self) -> None:
-        """A fit begins: the live weights come back from wherever they are."""
-        self._take_back_delivery()
-        write(self._aside, self.average.module)
-        self._aside, self._footprint, self._loading = {}, None, False
+    def _write_stored(self) -> None:
+        write(self.stored, self.module)
+        self.stored, self._loading = {}, False
 
-    def _deliver(self) -> None:
-        self.average.averages[self.chosen].deliver()
-        self._put_statistics_in(self.chosen, None)
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_sets": list(self._sets)}
 
-    def _take_back_delivery(self) -> None:
-        self._take_statistics_out()
-        self.average.take_back()
-
-    # --- checkpoints ------------------------------------------------------------------------------------------------
-
-    def entry(self) -> dict[str, Any]:
-        """The callback's entry in a checkpoint whose ``state_dict`` was taken while the module carried the average."""
-        state = self.average.state_dict()  # which looks for layers that were replaced since the last step
-        live = dict(self.average.named_live()) if self.gives_average else self._aside
-        if self.gives_average:
-            live |= {name: tensor for each in self._statistics[:1] for name, tensor in each.live().items()}
-        in_state_dict = self.gives_average and self.chosen == 0 and not self.average.schedule.corrects
-        entry = pack(state, live, Survey(self.average.module).tensors, in_state_dict)
-        entry["steps_before"] = self.steps_before
-        entry["chosen"], entry["choices"] = self.chosen, self.choices
-        if self.switched is not None:
-            entry["switched"] = self.switched
-        with suppress(ValueError):  # a schedule that does not know the run yet
-            entry["decay"] = self.average.decay
-        if self._statistics:
-            entry["recalibrated_at"] = self._statistics[0].made_at
-            entry["recalibrated"] = [{"at": s.made_at, "statistics": s.estimated} for s in self._statistics[1:]]
-        return entry
-
-    def resume(self, entry: dict[str, Any], chooses: bool = False) -> None:
-        """Takes up an entry, after the file's ``state_dict`` was loaded into the module.
-
-        Args:
-            entry: made by :meth:`entry`.
-            chooses: whether one of several averages is chosen in this run; otherwise it is the first again.
-        """
-        state, live = unpack(entry, Survey(self.average.module).tensors)
-        self.average.load_state_dict(state)
-        self.steps_before, self.switched = entry.get("steps_before", 0), entry.get("switched")
-        self.chosen, self.choices = (entry.get("chosen", 0), entry.get("choices", 0)) if chooses else (0, 0)
-        if self._statistics and "recalibrated_at" in entry:
-            self._statistics[0].keep(entry["recalibrated_at"])
-            for statistics, kept in zip(self._statistics[1:], entry.get("recalibrated", ()), strict=False):
-                statistics.made_at = kept["at"]
-                statistics.estimated = {name: tensor.clone() for name, tensor in kept["statistics"].items()}
-        write(live, self.average.module)
-
-    def adopt(self, steps: int, updates: int, live: dict[str, Any]) -> None:
-        """Takes up an average of Lightning's ``WeightAveraging`` in the same way; one without an update is none yet."""
-        if updates > 0:
-            counters = {"num_steps": steps, "num_updates": updates, "last_update_step": steps}
-            began = {"started": True, "start_step": 0}  # also where this callback's own start would come later
-            loaded = dict(self.average.named_live())  # the file's average
-            averages = {"average": loaded, "others": [loaded for _ in self.average.averages[1:]], "origin": loaded}
-            self.average.load_state_dict({**self.average.state_dict(), **counters, **began, **averages})
-        self.average.module.load_state_dict(live, strict=False)
-        if updates == 0 and self.average.started:
-            self.average.start()
-
-
-def write(values: Mapping[str, Tensor], module: nn.Module) -> None:
-    """Writes tensors into a module's own, by name."""
-    if values:
-        tensors = Survey(module).tensors
-        with torch.no_grad():
-            for name, value in values.items():
-                shards.write(tensors[name], value)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _sets=WeakSet(state["_sets"]))
+        self.known[id(self.module)] = self  # a copy of the module has one of its own

@@ -39,7 +39,7 @@ class Pairing:
         self._into = None if into is None else Survey(into)
         self._targets = None if self._into is None else {n: c.tensor for c in self._into.candidates for n in c.names}
         self._keeps_origin = any(schedule.corrects for schedule in settings.decays)
-        self._absorption = Absorption(settings.overlap)
+        self._absorption = Absorption()
         self._pairs: dict[str, Pair] = {}
         self._admitted: set[str] = set()
         self._unbounded: set[str] = set()
@@ -92,12 +92,12 @@ class Pairing:
             pair.averages, pair.origin, pair.share = [], None, None
         self._arrange()
 
-    def absorb(self, lives: list[Tensor], rates: Sequence[float]) -> None:
+    def update(self, lives: list[Tensor], rates: Sequence[float]) -> None:
         """``average += rate * (live - average)`` for each decay's average, with ``lives`` from :meth:`lives`."""
         self._absorption.absorb(lives, rates)
 
     def lives(self) -> list[Tensor]:
-        """The live tensors as they are now, in the order that :meth:`absorb` takes."""
+        """The live tensors as they are now, in the order that :meth:`update` takes."""
         seen_through, self._seen_through = self._seen_through, False
         self.refresh_if_stale(seen_through)
         return self._lives

@@ -1,4 +1,4 @@
-"""What there is to say about an average after a run: pure functions from facts to sentences.
+"""What there is to say about an average after a run: its facts, and pure functions from these to sentences.
 
 Why each threshold is where it is, with the figures measured, is told in ``docs/explanation/report.md``.
 """
@@ -6,11 +6,14 @@ Why each threshold is where it is, with the figures measured, is told in ``docs/
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from lightning_ema.averaging.settings import DecayPer
+from lightning_ema.averaging.tracker import Tracker
 from lightning_ema.callback.messages import horizon
-from lightning_ema.schedules.profiles import Ages
+from lightning_ema.schedules.profiles import Ages, Timeline, ages
 
 REACHED = 0.9
 """A horizon counts as reached from this share of the one aimed at.
@@ -49,7 +52,7 @@ class Facts:
     Attributes:
         schedule: as it is written.
         num_steps: steps of the run.
-        num_updates: how often the average absorbed the live weights.
+        num_updates: how often the average was updated.
         num_skipped: updates left out because of non-finite weights.
         started: whether the average has started.
         start_step: the step at which it started, or would have.
@@ -194,3 +197,37 @@ def _many(count: int, what: str) -> str:
 
 def _number(steps: float) -> str:
     return f"{steps:,.1f}" if steps < 10 else f"{steps:,.0f}"
+
+
+def facts_of(tracker: Tracker, place: int) -> Facts:
+    """The facts about one of the averages."""
+    schedule = tracker.schedules[place]
+    stored = (average for pair in tracker.pairs() for average in pair.averages)
+    return Facts(
+        schedule=repr(schedule),
+        num_steps=tracker.num_steps,
+        num_updates=tracker.num_updates,
+        num_skipped=tracker.num_skipped,
+        started=tracker.started,
+        start_step=tracker.start_step,
+        every_n_steps=tracker.settings.every_n_steps,
+        decay_per=tracker.settings.decay_per,
+        decay=tracker.decay(place),
+        limit=schedule.limit,
+        ages=_ages(tracker, place),
+        distance=tracker.distance(place),
+        precision=max((torch.finfo(average.dtype).eps for average in stored), default=0.0),
+    )
+
+
+def _ages(tracker: Tracker, place: int) -> Ages | None:
+    history, schedule = tracker.histories[place], tracker.schedules[place]
+    since = tracker.last_update_step - tracker.start_step
+    if tracker.num_updates == 0 or history.num_steps != since or schedule.corrects:
+        return None
+    one = history.follows(schedule, tracker.settings.decay_per)
+    try:
+        made_of = ages(Timeline(history.stretches), schedule if one else None, tracker.settings.decay_per)
+    except ValueError:  # some updates were made under a schedule of another package, before this run
+        return None
+    return replace(made_of, mean=made_of.mean + tracker.num_steps - tracker.last_update_step)

@@ -16,8 +16,30 @@ from lightning_ema.checks import check_choice, check_count, check_flag
 from lightning_ema.schedules.basic import Schedule, Warmup
 
 DecayPer = Literal["step", "update"]
-Buffers = Literal["average", "copy", "recalibrate"]
 OnNonfinite = Literal["skip", "raise", "ignore"]
+
+
+@dataclass(frozen=True)
+class Recalibrate:
+    """BatchNorm statistics of the average are estimated anew from training batches: ``buffers=Recalibrate(...)``.
+
+    That is done before an evaluation or a save of the average, as ``torch.optim.swa_utils.update_bn`` does; the live
+    ones stay as they are. The module needs a ``forward`` that takes ``batch[0]`` or ``batch``.
+
+    Args:
+        batches: from how many.
+
+    Raises:
+        ValueError, TypeError: ``batches`` is not a whole number of at least 1.
+    """
+
+    batches: int = 100
+
+    def __post_init__(self) -> None:
+        check_count(self.batches, "Recalibrate: batches", at_least=1)
+
+
+Buffers = Literal["average", "copy", "recalibrate"] | Recalibrate
 
 
 @dataclass(frozen=True)
@@ -31,10 +53,9 @@ class Settings:
     include: tuple[str, ...] | None
     exclude: tuple[str, ...]
     include_frozen: bool
-    buffers: Buffers
+    buffers: Literal["average", "copy"]
     dtype: torch.dtype | None
     device: torch.device | None
-    overlap: bool
     on_nonfinite: OnNonfinite
 
     @classmethod
@@ -50,7 +71,6 @@ class Settings:
         buffers: Buffers,
         dtype: torch.dtype | None,
         device: torch.device | str | None,
-        overlap: bool,
         on_nonfinite: OnNonfinite,
     ) -> Settings:
         """Checks every argument on its own.
@@ -62,19 +82,18 @@ class Settings:
         check_count(every_n_steps, "every_n_steps", at_least=1)
         check_count(start_step, "start_step", at_least=0)
         check_choice(decay_per, "decay_per", get_args(DecayPer))
-        if buffers == "recalibrate":
+        if buffers == "recalibrate" or isinstance(buffers, Recalibrate):
             raise ValueError(
-                "buffers='recalibrate' needs training batches, which EMACallback takes from its Trainer. In a loop of "
+                f"buffers={buffers!r} needs training batches, which EMACallback takes from its Trainer. In a loop of "
                 "your own write buffers='copy', and in `with average.lent():` call torch.optim.swa_utils.update_bn."
             )
         check_choice(buffers, "buffers", ("average", "copy"))
         check_flag(include_frozen, "include_frozen")
-        check_flag(overlap, "overlap")
         check_choice(on_nonfinite, "on_nonfinite", get_args(OnNonfinite))
         if on_nonfinite == "skip" and any(schedule.corrects for schedule in decays):
             raise ValueError(
                 f"on_nonfinite='skip' cannot protect {next(s for s in decays if s.corrects)!r}, which adds live "
-                "weights to the average whenever that is lent or saved. Use 'raise' or 'ignore'."
+                "weights to the average whenever that is swapped in or saved. Use 'raise' or 'ignore'."
             )
         _check_dtype(dtype)
         for schedule in decays if decay_per == "step" else ():  # else the horizon counts updates
@@ -90,7 +109,6 @@ class Settings:
             buffers=buffers,
             dtype=dtype,
             device=None if device is None else _device(device),
-            overlap=overlap,
             on_nonfinite=on_nonfinite,
         )
 

@@ -1,255 +1,310 @@
-"""The loan of averages to the module, and the way back. Knows torch, not Lightning."""
+"""One swap: tensors of a module carry an average, and then their live values again. Knows torch, not Lightning."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_ema.averaging.pair import Pair
-from lightning_ema.averaging.storage_swap import StorageLoan
 from lightning_ema.distributed.dtensor import is_sharded, local, version
 from lightning_ema.distributed.partition import Reconcile, reconcile_
-from lightning_ema.modules.named_tensors import Candidate, without_wrappers
+from lightning_ema.modules.named_tensors import Table, without_wrappers
 from lightning_ema.ops.lerp import exchange_
 from lightning_ema.ops.step_hooks import as_before_step
 
-# How a tensor was lent, which says how it comes back:
-#   storage   the live storage is set aside, the tensor carries another one      -> set the live storage again
-#   exchange  the contents of live tensor and average have changed places        -> exchange them again
-#   contents  the live contents were cloned and overwritten                      -> copy them back
-How = Literal["storage", "exchange", "contents"]
+Averages = Iterable[tuple[Pair, Tensor]]
+"""Each pair with the average that its tensor is to carry."""
 
 
-@dataclass(eq=False, slots=True)
-class _Lent:
-    pair: Pair
-    average: Tensor
-    how: How
-    live: Tensor
-    watched: bool
-    version: int = -1
-    exchanged: bool = False
-    carried: Tensor | None = None
+class Swap:
+    """The tensors of a module carry averages until :meth:`end`.
 
+    Where a tensor owns its storage it is given another one, and no data moves. Elsewhere contents are written:
 
-class Loan:
-    """The module carries an average until :meth:`recall`. Made by :meth:`lightning_ema.WeightAverage.lend`.
+        storages   the live storage is kept, the tensor carries that of the average or of a copy of it
+        contents   the contents of live tensor and average change places, or the live ones are cloned and overwritten
 
     Args:
-        averages: the average that each pair is lent; nothing for pairs that have not started.
-        copy: lend a copy, so that the module may write to what it is lent.
+        averages: what each pair is to carry; nothing for pairs that have not started.
+        copy: carry copies, so that the module may write to what it carries.
         in_place: leave every tensor the storage that it has.
-        settle: makes the module show its own tensors, where a forward pass leaves others in their place.
-        reconcile: what becomes of buffers that differ among processes, in what is lent.
+        reshard: makes the module show its own tensors, where a forward pass leaves others in their place.
+        sync_buffers: what becomes of buffers that differ among processes, in what is carried.
     """
 
     def __init__(
         self,
-        averages: Iterable[tuple[Pair, Tensor]],
+        averages: Averages,
         copy: bool,
         in_place: bool,
-        settle: Callable[[], None],
-        reconcile: Reconcile | None,
+        reshard: Callable[[], None],
+        sync_buffers: Reconcile | None,
     ) -> None:
         self._averages = averages
         self._copy = copy
         self._in_place = in_place
-        self._settle = settle
-        self._reconcile = reconcile
-        self._plain: StorageLoan | None = None
-        self._lent: dict[str, _Lent] = {}  # the rest: what is not plain
-        self.active = False
+        self._reshard = reshard
+        self._sync_buffers = sync_buffers
+        self._storages = _Storages([])
+        self._contents: dict[str, _Contents] = {}
 
     def begin(self) -> None:
-        """Lends. Whoever calls this holds the loan already, so that Ctrl-C right after it leaves it to be recalled."""
+        """Swaps in. Whoever calls this holds the swap already, so that Ctrl-C right after it leaves it to be ended."""
         averages, self._averages = self._averages, ()
-        self.active = True
-        torch.clear_autocast_cache()  # else an autocast region open across the loan goes on with casts of live weights
-        try:
-            with torch.inference_mode(False), torch.no_grad():
-                as_before_step()  # updates of other averages still read the live weights
-                stored = list(averages)
-                if not self._copy and not self._in_place:
-                    self._plain = StorageLoan([each for each in stored if each[0].plain])
-                    self._plain.lend()
-                    stored = [each for each in stored if not each[0].plain]
-                # where memory is shared in part, all live values are taken before any of it is written to
-                kept = {pair.name: pair.live.data.clone() for pair, _ in stored if pair.crossed}
-                for pair, average in stored:
-                    buffers_apart = pair.candidate.is_buffer and self._reconcile is not None
-                    self._lend(pair, average, self._copy or buffers_apart, self._in_place, kept.get(pair.name))
-                if self._reconcile is not None:
-                    reconcile_([pair.live.data for pair, _ in stored if pair.candidate.is_buffer], self._reconcile)
-        except BaseException:
-            self.end()
-            raise
+        with _writing():
+            as_before_step()  # updates of other averages still read the live weights
+            stored = list(averages)
+            whole = [each for each in stored if each[0].exclusive and not self._in_place]
+            rest = [each for each in stored if not each[0].exclusive or self._in_place]
+            self._storages = _Storages([_given(pair, average, self._copies(pair)) for pair, average in whole])
+            self._storages.swap_in()
+            # where memory is shared in part, all live values are taken before any of it is written to
+            kept = {pair.name: pair.live.data.clone() for pair, _ in rest if pair.crossed}
+            for pair, average in rest:
+                contents = _Contents.of(pair, average, self._copies(pair), kept.get(pair.name))
+                self._contents[pair.name] = contents  # noted first, so that an interruption finds it
+                contents.swap_in()
+            if self._sync_buffers is not None:
+                reconcile_([pair.live.data for pair, _ in stored if pair.candidate.is_buffer], self._sync_buffers)
 
-    def recall(self) -> None:
-        """Brings the live weights back, bit for bit. A second call does nothing.
+    def end(self) -> list[str]:
+        """Brings the live values back, bit for bit. A second call does nothing.
 
-        Raises:
-            RuntimeError: something wrote to a parameter during the loan, and so into the average. The live weights
-                are back nevertheless.
+        Returns:
+            The names of the parameters that were replaced, or written to, since they were swapped in.
         """
-        written = self.written()
-        self.end()
-        if written:
-            raise RuntimeError(
-                f"{', '.join(written[:4])}{', ...' if len(written) > 4 else ''}: written to while the module carried "
-                "the average, so the average itself was changed (test-time adaptation? an optimizer that rewrites "
-                "weights for evaluation?). The live weights are back and untouched. To let an evaluation write, lend "
-                "a copy, WeightAverage.lend(copy=True); in a Trainer use EMACallback(evaluate='live')."
-            )
+        written = self._written()
+        self._reshard()
+        with _writing():
+            while self._contents:  # one by one, so that one interrupted by Ctrl-C can be taken up again
+                next(reversed(self._contents.values())).end()  # the last one first: storages may overlap
+                self._contents.popitem()
+            self._storages.end()
+            self._storages = _Storages([])
+        return written
 
-    @contextmanager
-    def suspended(self) -> Iterator[None]:
-        """Inside this block the module carries its live weights; then again what it was lent, and all written to it."""
-        torch.clear_autocast_cache()
-        self._settle()
-        with torch.inference_mode(False), torch.no_grad():
-            if self._plain is not None:
-                self._plain.put_down()
-            for lent in reversed(self._lent.values()):
-                _put_down(lent)
-        try:
-            yield
-        finally:
-            torch.clear_autocast_cache()
-            self._settle()
-            with torch.inference_mode(False), torch.no_grad():
-                if self._plain is not None:
-                    self._plain.take_up()
-                for lent in self._lent.values():
-                    _take_up(lent)
+    def pause(self) -> None:
+        """The tensors carry their live values until :meth:`resume`."""
+        self._reshard()
+        with _writing():
+            self._storages.pause()
+            for contents in reversed(self._contents.values()):
+                contents.pause()
 
-    def end(self) -> None:
-        """Brings the live weights back without asking whether anything was written to."""
-        if self.active:
-            torch.clear_autocast_cache()
-            self._settle()
-            with torch.inference_mode(False), torch.no_grad():
-                while self._lent:  # one by one, so that one interrupted by Ctrl-C can be taken up again
-                    _return(next(reversed(self._lent.values())))  # last lent first: storages may overlap
-                    self._lent.popitem()
-                if self._plain is not None:
-                    self._plain.recall()
-                    self._plain = None
-            self.active = False
+    def resume(self) -> None:
+        """The tensors carry again what they did at :meth:`pause`, and all that was written to it."""
+        self._reshard()
+        with _writing():
+            self._storages.resume()
+            for contents in self._contents.values():
+                contents.resume()
 
-    def written(self) -> list[str]:
-        """The names of the parameters that were replaced, or written to, since they were lent."""
-        self._settle()
-        plain = [] if self._plain is None else self._plain.written()
-        return plain + [
-            name
-            for name, lent in self._lent.items()
-            if lent.watched and (_replaced(lent.pair.candidate) or version(lent.pair.live) != lent.version)
-        ]
+    def average_of(self, name: str) -> Tensor | None:
+        """Where the average is to be found that the tensor of this name carries; None where it carries none."""
+        if name in self._storages:
+            return self._storages.average_of(name)
+        contents = self._contents.get(name)
+        return None if contents is None else contents.average_now()
 
-    def average_of(self, pair: Pair) -> Tensor | None:
-        """Where the average is to be found that was lent; None where none was."""
-        if self._plain is not None and pair.name in self._plain:
-            return self._plain.average_of(pair.name)
-        lent = self._lent.get(pair.name)
-        if lent is None:
-            return None
-        return pair.live.detach() if lent.how == "exchange" else lent.average
-
-    def live_of(self, pair: Pair) -> Tensor:
-        """Where the live tensor is to be found during the loan."""
-        if self._plain is not None and pair.name in self._plain:
-            return self._plain.live_of(pair.name)
-        lent = self._lent.get(pair.name)
-        return lent.live if lent is not None else pair.live.detach()
+    def live_of(self, name: str) -> Tensor | None:
+        """Where the live tensor of this name is to be found; None where it was not swapped."""
+        if name in self._storages:
+            return self._storages.live_of(name)
+        contents = self._contents.get(name)
+        return None if contents is None else contents.live
 
     def returning(self) -> list[Tensor]:
         """The module's tensors whose contents, not their storage, come back: aliases of them change with it."""
-        return [lent.pair.live for lent in self._lent.values() if lent.how != "storage"]
+        return [contents.pair.live for contents in self._contents.values()]
 
-    def _lend(self, pair: Pair, average: Tensor, copy: bool, in_place: bool, kept: Tensor | None) -> None:
-        tensor, buffer = pair.live, pair.candidate.is_buffer
-        alike = average.dtype == tensor.dtype and average.device == tensor.device
+    def _copies(self, pair: Pair) -> bool:
         # buffers go as copies: an evaluation may write to them (BatchNorm in train mode, DDP's broadcast)
-        copy = copy or pair.candidate.rewritten or (buffer and not in_place)
-        direct = alike and not copy and kept is None
-        if pair.exclusive and not in_place:
-            lent = _Lent(pair, average, "storage", tensor.data, watched=direct and pair.share is None)
-        elif direct:
-            lent = _Lent(pair, average, "exchange", average, watched=not buffer and pair.share is None)
-        else:
-            lent = _Lent(pair, average, "contents", tensor.data.clone() if kept is None else kept, watched=False)
-        self._lent[pair.name] = lent  # noted first, so that an interruption finds it
-        if lent.how == "storage":
-            tensor.data = average if direct else _copy_like(average, tensor)
-        elif lent.how == "exchange":
-            _exchange(lent)
-            lent.exchanged = True
-        else:
-            tensor.data.copy_(average)
-        lent.version = version(tensor)
+        may_write = pair.candidate.rewritten or (pair.candidate.is_buffer and not self._in_place)
+        return self._copy or may_write or (pair.candidate.is_buffer and self._sync_buffers is not None)
+
+    def _written(self) -> list[str]:
+        self._reshard()
+        contents = [name for name, each in self._contents.items() if each.was_written()]
+        return self._storages.written() + contents
 
 
-def _exchange(lent: _Lent) -> None:
-    exchange_(local(lent.pair.live).data, local(lent.average))
+@contextmanager
+def _writing() -> Iterator[None]:
+    torch.clear_autocast_cache()  # else an autocast region open across the swap goes on with casts of other weights
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
-def _put_down(lent: _Lent) -> None:
-    tensor = lent.pair.live
-    if lent.how == "storage":
-        lent.carried, tensor.data = tensor.data, lent.live
-    elif lent.how == "contents":
-        lent.carried = tensor.data.clone()
-        tensor.data.copy_(lent.live)
-    else:
-        _exchange(lent)
-        lent.exchanged = False
+@dataclass(eq=False, slots=True)
+class _Given:
+    """What one pair is to carry: the average itself where ``watched``, else a copy of it."""
+
+    pair: Pair
+    average: Tensor
+    carried: Tensor
+    watched: bool
 
 
-def _take_up(lent: _Lent) -> None:
-    tensor, carried = lent.pair.live, lent.carried
-    if lent.how == "exchange":
-        _exchange(lent)
-        lent.exchanged = True
-    elif carried is not None:
-        if lent.how == "storage":
-            tensor.data = carried
-        else:
-            tensor.data.copy_(carried)
-        lent.carried = None
-
-
-def _return(lent: _Lent) -> None:
-    tensor = lent.pair.live
-    if lent.how == "storage":
-        tensor.data = lent.live
-    elif lent.how == "contents":
-        tensor.data.copy_(lent.live)
-    elif lent.exchanged:
-        _exchange(lent)
-        lent.exchanged = False
-    for table, leaf in lent.pair.candidate.slots:
-        if leaf in table and table[leaf] is not tensor:
-            table[leaf] = tensor  # an evaluation that assigns to a buffer hangs another tensor there
-
-
-def _replaced(candidate: Candidate) -> bool:
-    return any(table.get(leaf) is not candidate.tensor for table, leaf in candidate.slots)
+def _given(pair: Pair, average: Tensor, copy: bool) -> _Given:
+    if pair.plain and not copy:
+        return _Given(pair, average, average, True)
+    tensor = pair.live
+    if not copy and average.dtype == tensor.dtype and average.device == tensor.device:
+        return _Given(pair, average, average, pair.share is None)
+    return _Given(pair, average, _copy_like(average, tensor), False)
 
 
 def _copy_like(average: Tensor, tensor: Tensor) -> Tensor:
     return average.to(device=tensor.device, dtype=tensor.dtype, copy=True, non_blocking=average.is_pinned())
 
 
-def lasting(state_dict: dict[str, Any], returning: Iterable[Tensor]) -> dict[str, Any]:
-    """A ``state_dict`` taken during a loan that stays as it is after the recall.
+class _Storages:
+    """Tensors that are given other storage: most of a swap, in as few calls a tensor as there can be.
 
-    Entries that lie in the storage of ``returning`` are cloned; all others keep the storage they were lent, also where
-    an entry is a Parameter itself, which the recall would turn live again.
+    Where Ctrl-C comes in between, :meth:`end` brings back what was swapped in so far.
+    """
+
+    def __init__(self, given: Sequence[_Given]) -> None:
+        self._given = given
+        self._tensors = [each.pair.live for each in given]
+        self._lives = [tensor.data for tensor in self._tensors]
+        self._carried = [each.carried for each in given]
+        self._versions: list[int] = []
+
+    def swap_in(self) -> None:
+        self._set(self._carried)
+        self._versions = [tensor._version for tensor in self._tensors]
+
+    def end(self) -> None:
+        self._set(self._lives)
+        for each, tensor in zip(self._given, self._tensors, strict=True):
+            for table, leaf in each.pair.candidate.slots:
+                if table.get(leaf) is not tensor:
+                    _put_back(table, leaf, tensor)
+
+    def pause(self) -> None:
+        self._carried = [tensor.data for tensor in self._tensors]
+        self._set(self._lives)
+
+    def resume(self) -> None:
+        self._set(self._carried)
+
+    def written(self) -> list[str]:
+        return [
+            each.pair.name
+            for each, tensor, version_then in zip(self._given, self._tensors, self._versions, strict=False)
+            if each.watched and (tensor._version != version_then or _replaced(each.pair))
+        ]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def average_of(self, name: str) -> Tensor:
+        return self._given[self._places[name]].average
+
+    def live_of(self, name: str) -> Tensor:
+        return self._lives[self._places[name]]
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {each.pair.name: place for place, each in enumerate(self._given)}
+
+    def _set(self, storages: Sequence[Tensor]) -> None:
+        for tensor, storage in zip(self._tensors, storages, strict=True):
+            tensor.data = storage
+
+
+# How the contents of a tensor were swapped, which says how they come back:
+#   exchange   the contents of live tensor and average have changed places   -> they change places again
+#   overwrite  the live contents were cloned and overwritten                 -> they are copied back
+How = Literal["exchange", "overwrite"]
+
+
+@dataclass(eq=False, slots=True)
+class _Contents:
+    """A tensor that keeps its storage, since something else owns it as well, while its contents are the average's."""
+
+    pair: Pair
+    average: Tensor
+    how: How
+    live: Tensor
+    watched: bool
+    version: int = -1
+    swapped: bool = False
+    carried: Tensor | None = None
+
+    @classmethod
+    def of(cls, pair: Pair, average: Tensor, copy: bool, kept: Tensor | None) -> _Contents:
+        tensor = pair.live
+        alike = average.dtype == tensor.dtype and average.device == tensor.device
+        if alike and not copy and kept is None:
+            watched = not pair.candidate.is_buffer and pair.share is None
+            return cls(pair, average, "exchange", live=average, watched=watched)
+        return cls(pair, average, "overwrite", live=tensor.data.clone() if kept is None else kept, watched=False)
+
+    def swap_in(self) -> None:
+        if self.how == "exchange":
+            self._exchange()
+        else:
+            self.pair.live.data.copy_(self.average)
+            self.swapped = True
+        self.version = version(self.pair.live)
+
+    def end(self) -> None:
+        if self.how == "overwrite":
+            self.pair.live.data.copy_(self.live)
+        elif self.swapped:
+            self._exchange()
+        for table, leaf in self.pair.candidate.slots:
+            _put_back(table, leaf, self.pair.live)
+
+    def pause(self) -> None:
+        if self.how == "overwrite":
+            self.carried = self.pair.live.data.clone()
+            self.pair.live.data.copy_(self.live)
+        elif self.swapped:
+            self._exchange()
+
+    def resume(self) -> None:
+        if self.how == "exchange" and not self.swapped:
+            self._exchange()
+        elif self.carried is not None:
+            self.pair.live.data.copy_(self.carried)
+            self.carried = None
+
+    def average_now(self) -> Tensor:
+        exchanged = self.how == "exchange" and self.swapped
+        return self.pair.live.detach() if exchanged else self.average
+
+    def was_written(self) -> bool:
+        return self.watched and (_replaced(self.pair) or version(self.pair.live) != self.version)
+
+    def _exchange(self) -> None:
+        exchange_(local(self.pair.live).data, local(self.average))
+        self.swapped = not self.swapped
+
+
+def _replaced(pair: Pair) -> bool:
+    return any(table.get(leaf) is not pair.live for table, leaf in pair.candidate.slots)
+
+
+def _put_back(table: Table, leaf: str, tensor: Tensor) -> None:
+    """An evaluation that assigns to a buffer leaves another tensor in its place."""
+    if leaf in table:
+        table[leaf] = tensor
+
+
+def lasting(state_dict: dict[str, Any], returning: Iterable[Tensor]) -> dict[str, Any]:
+    """A ``state_dict`` taken during a swap that stays as it is when the swap ends.
+
+    Entries that lie in the storage of ``returning`` are cloned; all others keep the storage that the swap gave them,
+    also where an entry is a Parameter itself, which would be live again afterwards.
     """
     storages = {local(tensor).untyped_storage().data_ptr() for tensor in returning}
 
@@ -262,26 +317,26 @@ def lasting(state_dict: dict[str, Any], returning: Iterable[Tensor]) -> dict[str
     return {key: kept(value) for key, value in state_dict.items()}
 
 
-def missing(pairs: Iterable[tuple[str, Tensor, Tensor]], state_dict: dict[str, Any]) -> list[str]:
+def not_held(pairs: Iterable[tuple[Pair, Tensor]], state_dict: dict[str, Any]) -> list[str]:
     """The names of the averages that a ``state_dict``, taken while the module carries them, does not hold exactly.
 
     Args:
-        pairs: name, the module's tensor that carries the average, and the average.
+        pairs: each with its average.
         state_dict: under whichever keys a module gives it. Sharded tensors may have been gathered into it: they are
             looked for by name and shape.
     """
     held = {_place(value) for value in state_dict.values() if isinstance(value, Tensor)}
     named = {without_wrappers(key): value for key, value in state_dict.items()}
 
-    def holds(name: str, tensor: Tensor, average: Tensor) -> bool:
-        if average.dtype != tensor.dtype:
+    def holds(pair: Pair, average: Tensor) -> bool:
+        if average.dtype != pair.live.dtype:
             return False
-        if is_sharded(tensor):
-            value = named.get(name)
+        if is_sharded(pair.live):
+            value = named.get(pair.name)
             return isinstance(value, Tensor) and (value.dtype, value.shape) == (average.dtype, average.shape)
-        return _place(tensor) in held or _same(state_dict.get(name), average)
+        return _place(pair.live) in held or _same(state_dict.get(pair.name), average)
 
-    return [name for name, tensor, average in pairs if not holds(name, tensor, average)]
+    return [pair.name for pair, average in pairs if not holds(pair, average)]
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:

@@ -40,15 +40,14 @@ class Group:
     where: Where
 
 
+OVERLAP = False
+"""Whether parameters on CUDA are averaged on a stream of their own; until it was measured on a device, they are not."""
+
+
 class Absorption:
-    """Makes the updates of pairs, until it is given others.
+    """Makes the updates of pairs, until it is given others."""
 
-    Args:
-        overlap: whether parameters on CUDA are averaged beside the next forward and backward pass.
-    """
-
-    def __init__(self, overlap: bool) -> None:
-        self._overlap = overlap
+    def __init__(self) -> None:
         self._offload = Offload()
         self._streams: dict[torch.device, SideStream] = {}
         self._pairs: list[Pair] = []
@@ -89,7 +88,7 @@ class Absorption:
         where: Where = "here"
         if average.device.type == "cpu" != live.device.type:
             where = "thread"
-        elif self._overlap and has_streams(live.device) and not written_by_forward(pair):
+        elif OVERLAP and has_streams(live.device) and not written_by_forward(pair):
             where = "stream"
         return live.dtype, live.device, average.dtype, average.device, where
 

@@ -1,36 +1,26 @@
-"""The engine: one average of one module's weights. Knows torch, not Lightning."""
+"""The average of one module's weights, for any PyTorch loop. Knows torch, not Lightning."""
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
-from typing import Any, Literal
+import copy as copying
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_ema.averaging.pair import Pair
-from lightning_ema.averaging.report import Facts, report
-from lightning_ema.averaging.settings import Buffers, DecayPer, OnNonfinite, Settings
-from lightning_ema.averaging.swap import Loan, missing
-from lightning_ema.averaging.tracker import Course
-from lightning_ema.checkpoint.state import FORMAT, check_state
+from lightning_ema.averaging.report import facts_of, report
+from lightning_ema.averaging.settings import Buffers, OnNonfinite, Settings
+from lightning_ema.averaging.state_dict import state_of, take_up
+from lightning_ema.averaging.tracker import Tracker
 from lightning_ema.checks import check_flag
-from lightning_ema.distributed.dtensor import Groups, is_sharded, local, sum_across
-from lightning_ema.distributed.partition import Reconcile, is_first, processes
-from lightning_ema.modules.named_tensors import Survey
-from lightning_ema.ops.lerp import corrected, ratio, sampled_norms, squared_norms
 from lightning_ema.ops.step_hooks import as_before_step
-from lightning_ema.schedules.basic import Plan, Schedule
-from lightning_ema.schedules.history import History
-from lightning_ema.schedules.profiles import Ages, Timeline, ages
+from lightning_ema.schedules.basic import Schedule
 
 
 class WeightAverage:
-    """One average of one module's weights, for any PyTorch loop.
+    """An average of one module's weights (EMA weights, shadow), for any PyTorch loop.
 
     With ``n`` the steps since ``start_step`` and ``d`` the decay, an update after steps ``m + 1 .. n`` computes
 
@@ -43,7 +33,7 @@ class WeightAverage:
             ...
             optimizer.step()
             average.step()
-        with average.lent():
+        with average.swapped():
             evaluate(model)
 
     Args:
@@ -52,11 +42,9 @@ class WeightAverage:
             :class:`~lightning_ema.Schedule`. A number ``d`` means ``Warmup(d)``; the bare constant is ``Constant(d)``.
             A list keeps one average for each, in one pass over the live weights; this is the first, and all are in
             ``averages``.
-        every_n_steps: absorb the live weights at every n-th step, counted from ``start_step``.
+        every_n_steps: update at every n-th step, counted from ``start_step``. The product of the decays is kept, so
+            that the horizon does not depend on it.
         start_step: up to and including this step the average *is* the live weights, and nothing is stored.
-        decay_per: ``"step"``: an update that covers several steps keeps the product of their decays, so that the
-            horizon does not depend on ``every_n_steps``. ``"update"``: the schedule is read once, at the current
-            step, as most other systems do.
         include: glob patterns over qualified names; only what one of them matches is averaged. None: everything.
         exclude: glob patterns of what is left out, also of what ``include`` matches.
         include_frozen: also average parameters that do not require grad. Without it they join when unfrozen.
@@ -67,12 +55,9 @@ class WeightAverage:
             masks), are never averaged.
         dtype: of the average. None: float32 for types of fewer than 32 bits, else the tensor's own.
         device: of the average. None: beside each tensor. ``"cpu"`` saves device memory.
-        shard: keep in each process of a data-parallel run (DDP) only its share of the parameters' averages: memory and
-            time of an update fall with their number. A loan, :meth:`named_tensors` and :meth:`state_dict` gather them
-            again, so that all processes must call them. Without several processes it changes nothing.
-        overlap: on CUDA, update the averages of parameters on a stream of its own, beside the next forward and backward
-            pass. Between two steps of the optimizer nothing else may write to parameters then. On other devices it
-            changes nothing.
+        shard: partition the parameters' averages among the processes of a data-parallel run (DDP): memory and time of
+            an update fall with their number. A swap, :meth:`named_tensors` and :meth:`state_dict` gather them again,
+            so that all processes must call them. Without several processes it changes nothing.
         on_nonfinite: ``"skip"`` leaves out an update from NaN or infinite weights, ``"raise"`` raises
             FloatingPointError, ``"ignore"`` does not look. Looking reads all weights once more at each update, and
             waits for an accelerator.
@@ -88,7 +73,6 @@ class WeightAverage:
         *,
         every_n_steps: int = 1,
         start_step: int = 0,
-        decay_per: DecayPer = "step",
         include: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
         include_frozen: bool = False,
@@ -97,303 +81,151 @@ class WeightAverage:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         shard: bool = False,
-        overlap: bool = False,
         on_nonfinite: OnNonfinite = "ignore",
     ) -> None:
-        self.settings = Settings.checked(
+        settings = Settings.checked(
             decay,
             every_n_steps,
             start_step,
-            decay_per,
+            "step",
             include,
             exclude,
             include_frozen,
             buffers,
             dtype,
             device,
-            overlap,
             on_nonfinite,
         )
         if not isinstance(module, nn.Module):
             raise TypeError(f"module is {module!r}; it must be a torch.nn.Module.")
         check_flag(shard, "shard")
         if into is not None:
-            _check_target(into, module, self.settings, shard)
-        self.module = module
-        self.processes = processes() if shard else 1
-        self._course = Course(module, self.settings, into, self.processes > 1)
+            _check_target(into, module, settings, shard)
+        self._tracker = Tracker(module, settings, into, shard)
         self._place = 0
-        self._others = tuple(self._beside(place) for place in range(1, len(self.settings.decays)))
+        self._others = tuple(self._beside(place) for place in range(1, len(settings.decays)))
 
     def _beside(self, place: int) -> WeightAverage:
-        other = copy.copy(self)
-        other.settings = self.settings.of(place)
+        other = copying.copy(self)
         other._place, other._others = place, ()
         return other
 
+    def __repr__(self) -> str:
+        tracker = self._tracker
+        sizes = [pair.live.numel() for pair in tracker.tensors.pairs()]
+        schedule = tracker.settings.decays[self._place]
+        return (
+            f"WeightAverage({schedule!r}, {len(sizes)} tensors, {_short(sum(sizes))} elements, {self.num_steps} steps, "
+            f"{self.num_updates} updates)"
+        )
+
     @property
     def averages(self) -> list[WeightAverage]:
-        """This average and those of the further decays, in their order. They share their counters and their loan."""
+        """This average and those of the further decays, in their order. They share counters and swap as one."""
         return [self, *self._others]
 
-    @property
-    def num_steps(self) -> int:
-        """Steps taken."""
-        return self._course.num_steps
-
-    @property
-    def num_updates(self) -> int:
-        """How often the average absorbed the live weights."""
-        return self._course.num_updates
-
-    @property
-    def num_skipped(self) -> int:
-        """Updates left out because of non-finite weights."""
-        return self._course.num_skipped
-
-    @property
-    def last_update_step(self) -> int:
-        """The step of the last update; that of the start before the first."""
-        return self._course.last_update_step
-
-    @property
-    def waits(self) -> int:
-        """How often training had to wait for an update in host memory (``device="cpu"`` beside an accelerator)."""
-        return self._course.pairing.waits
-
-    @property
-    def history(self) -> History:
-        """At which steps the average absorbed the live weights, and under which schedule."""
-        return self._course.histories[self._place]
-
-    @property
-    def start_step(self) -> int:
-        """The step at which the average starts or started."""
-        return self._course.start_step
-
-    # --- the update -------------------------------------------------------------------------------------------------
+    # --- the update ---------------------------------------------------------------------------------------------------
 
     def step(self, n: int = 1) -> bool:
-        """Counts ``n`` steps of the optimizer and absorbs the live weights where an update is due.
+        """Counts ``n`` steps of the optimizer, and updates the average where that is due.
 
         Returns:
             Whether it updated.
 
         Raises:
-            RuntimeError: during a loan.
+            RuntimeError: the module carries an average.
             FloatingPointError: the live weights are not finite and ``on_nonfinite="raise"``.
         """
-        return self._course.step(n)
+        return self._tracker.step(n)
 
     def start(self) -> None:
         """Starts the average here: it becomes the live weights, and ``start_step`` this step."""
-        self._course.start()
-
-    def start_at(self, step: int) -> None:
-        """Puts the start off to a later step, or starts here where that step is past."""
-        self._course.start_at(step)
-
-    @property
-    def started(self) -> bool:
-        """Whether the average is stored; before, it is the live weights."""
-        return self._course.pairing.started
+        self._tracker.start()
 
     @property
     def decay(self) -> float:
         """The decay per step in force: that of the last step since the start, of the first one before it."""
-        return self.schedule(max(1, self.num_steps - self.start_step))
+        return self._tracker.decay(self._place)
 
     @property
-    def schedule(self) -> Schedule:
-        """The decay as a function of the step, with what the run knows filled in."""
-        return self._course.schedules[self._place]
+    def num_steps(self) -> int:
+        """Steps taken."""
+        return self._tracker.num_steps
 
-    def bind(self, plan: Plan) -> None:
-        """Fills in what only the run knows; the plan's steps count from ``start_step``."""
-        self._course.bind(plan)
+    @property
+    def num_updates(self) -> int:
+        """How often the average was updated."""
+        return self._tracker.num_updates
 
-    def refresh(self) -> None:
-        """Looks for tensors that were unfrozen, added, replaced or moved since the last update.
+    # --- the swap -----------------------------------------------------------------------------------------------------
 
-        Every update does this by itself; called before a step, it lets parameters join with the values that they have
-        before that step. The next update then trusts that no submodule was exchanged in between. Before a step that no
-        update follows (``every_n_steps``) it looks for unfrozen parameters alone: layers that were added join later.
+    @contextmanager
+    def swapped(self, copy: bool = False) -> Iterator[nn.Module]:
+        """The module carries the average for the length of a ``with`` block; afterwards what it carried before.
+
+        What it carries already stays its owner's: an evaluation of a Trainer, or an outer block, goes on with it.
+
+        Args:
+            copy: carry a copy, so that the evaluation may write to the parameters.
+
+        Yields:
+            The module.
+
+        Raises:
+            RuntimeError: the module carries another average of the same tensors; or something wrote to a parameter
+                inside the block. The live weights are back nevertheless.
         """
-        if not self.delivered:
-            self._course.refresh()
+        with self._tracker.holds.swapped(self._place, copy):
+            yield self._tracker.module
 
-    def release(self) -> None:
-        """Says that no update follows soon, as after a fit: then only the module keeps the live tensors' memory."""
-        self._course.pairing.release()
-
-    # --- the loan ---------------------------------------------------------------------------------------------------
-
-    def lend(self, copy: bool = False) -> Loan:
-        """Lets the module carry the average until ``recall()`` on the loan that is returned.
+    def swap_in(self, copy: bool = False) -> None:
+        """Lets the module carry the average until :meth:`swap_out`. Nothing changes where it carries it already.
 
         Where dtype and device agree, tensors exchange storage and no data moves. Storage that something else owns as
         well (shared parameters, views of a flat buffer) has its contents exchanged instead.
 
         Args:
-            copy: lend a copy, so that the evaluation may write to the parameters.
+            copy: carry a copy, so that the evaluation may write to the parameters.
 
         Raises:
-            RuntimeError: a loan is running already; loans do not nest. Or the module holds another average since
-                :meth:`deliver`, as after a fit; :meth:`lent` puts that down meanwhile.
+            RuntimeError: the module carries another average of the same tensors.
         """
-        loan = self._next_loan(copy)
-        loan.begin()
-        return loan
+        self._tracker.holds.swap_in(self._place, copy)
 
-    def _next_loan(self, copy: bool) -> Loan:
-        self._course.refuse_during_loan("lend")
-        if self._another_delivered():
-            raise RuntimeError(
-                "lend() of one average while the module holds another, as after fit. Write `with average.lent():`, or "
-                "call take_back() first."
-            )
-        if not self.delivered:
-            self._course.lender = self._place
-        self._course.loan = self._loan_of(() if self.delivered else self._to_lend(), copy)
-        return self._course.loan
+    def swap_out(self) -> None:
+        """Ends the swap: the module has its live weights again, bit for bit. Without a swap it does nothing.
 
-    @contextmanager
-    def lent(self, copy: bool = False) -> Iterator[nn.Module]:
-        """A loan for the length of a ``with`` block; gives the module. The live weights come back on errors too.
-
-        Where the module holds another average, as after a fit, it holds that one again afterwards.
+        Raises:
+            RuntimeError: something wrote to a parameter meanwhile, and so into the average. The live weights are back
+                nevertheless.
         """
-        with self._put_down("delivery") if self._another_delivered() else nullcontext():
-            loan = self._next_loan(copy)
-            try:
-                loan.begin()
-                yield self.module
-            finally:
-                loan.recall()
+        self._tracker.holds.swap_out()
 
-    @contextmanager
-    def suspended(self) -> Iterator[None]:
-        """Inside this block the module carries its live weights, or is lent others.
+    def apply(self, keep: bool = False) -> None:
+        """Writes the average into the module for good. The average is kept; the live weights are lost.
 
-        Afterwards it carries again what it was lent or what was delivered to it, without asking another process.
+        Args:
+            keep: keep the live weights aside until :meth:`restore`. Averages can be swapped in meanwhile; afterwards
+                the module holds again what was applied.
+
+        Raises:
+            RuntimeError: the module carries an average.
         """
-        with (
-            self._put_down("loan") if self.loan is not None else nullcontext(),
-            self._put_down("delivery") if self.delivered else nullcontext(),
-        ):
-            yield
+        if keep:
+            self._tracker.holds.apply(self._place)
+        else:
+            as_before_step()  # updates of other averages still read the live weights
+            self._tracker.holds.apply_for_good(self._place)
 
-    @contextmanager
-    def _put_down(self, what: Literal["loan", "delivery"]) -> Iterator[None]:
-        course = self._course
-        held, lender = getattr(course, what), course.lender
-        with held.suspended():
-            setattr(course, what, None)
-            try:
-                yield
-            finally:
-                setattr(course, what, held)
-                course.lender = lender
+    def restore(self) -> None:
+        """Brings the live weights back after ``apply(keep=True)``; without it it does nothing.
 
-    def _another_delivered(self) -> bool:
-        return self.delivered and self._course.lender != self._place
-
-    @property
-    def loan(self) -> Loan | None:
-        """The loan that is running, of this average or of one beside it."""
-        return self._course.running
-
-    @property
-    def lends(self) -> int:
-        """The place, among ``averages``, of the one that was lent or delivered last."""
-        return self._course.lender
-
-    def apply(self) -> None:
-        """Writes the average into the module for good. The average is kept; the live weights are lost."""
-        self._course.refuse_during_loan("apply")
-        as_before_step()  # updates of other averages still read the live weights
-        with torch.no_grad():
-            for pair, average in self._to_lend():
-                pair.live.copy_(average)
-
-    def deliver(self) -> None:
-        """Writes the average into the module's own storage, and keeps the live weights aside for :meth:`take_back`.
-
-        Contents change places, so that this needs no memory where average and module are of one dtype.
+        Raises:
+            RuntimeError: an average is swapped in meanwhile.
         """
-        self._course.refuse_during_loan("deliver")
-        self._course.lender = self._place
-        self._course.delivery = self._loan_of(self._to_lend(), in_place=True)
-        try:
-            self._course.delivery.begin()
-        except BaseException:
-            self.take_back()
-            raise
+        self._tracker.holds.restore()
 
-    def take_back(self) -> None:
-        """Brings the live weights back after :meth:`deliver`; without one it does nothing."""
-        if self._course.delivery is not None:
-            self._course.delivery.end()
-            self._course.delivery = None
-
-    def put_aside(self) -> dict[str, Tensor]:
-        """Ends a delivery because other weights are about to be loaded into the module.
-
-        Returns:
-            Copies of the live weights, by name, with all buffers; frozen parameters are left out.
-        """
-        self.take_back()
-        tensors = Survey(self.module).tensors.items()
-        return {
-            name: tensor.detach().clone()
-            for name, tensor in tensors
-            if tensor.requires_grad or not isinstance(tensor, nn.Parameter)
-        }
-
-    @property
-    def delivered(self) -> bool:
-        """Whether the module holds the average since :meth:`deliver`."""
-        return self._course.delivery is not None
-
-    def _loan_of(self, averages: Iterable[tuple[Pair, Tensor]], copy: bool = False, in_place: bool = False) -> Loan:
-        return Loan(averages, copy, in_place, self._course.pairing.settle, None if self.alone else self.reconcile)
-
-    def _to_lend(self) -> Iterator[tuple[Pair, Tensor]]:
-        self._course.pairing.refresh_if_stale()
-        corrects = self.schedule.corrects
-        for pair in self._course.pairing.pairs():
-            if pair.averages:
-                as_kept = not corrects and pair.share is None
-                yield pair, pair.averages[self._place] if as_kept else self._read(pair, pair.live.detach())
-
-    def _read(self, pair: Pair, live: Tensor) -> Tensor:
-        return self._whole(pair, self._part(pair, live))
-
-    def _part(self, pair: Pair, live: Tensor) -> Tensor:
-        """``average``, or ``average + bias(n) * (live - origin)`` where the schedule corrects."""
-        average = pair.averages[self._place]
-        if not self.schedule.corrects or pair.origin is None:
-            return average
-        with torch.no_grad():
-            return corrected(average, pair.beside(live), pair.origin, self.bias)
-
-    def _whole(self, pair: Pair, part: Tensor) -> Tensor:
-        if pair.share is None:
-            return part
-        if self._course.alone:
-            raise RuntimeError(
-                "the average is shared among processes, so that all of them would have to give their part, but an "
-                "exception ended the run in one. Resume from the last checkpoint."
-            )
-        with torch.no_grad():
-            return pair.whole(part)
-
-    @property
-    def bias(self) -> float:
-        """How much of the way from the start to the live weights is added to the average; 0 for most schedules."""
-        return self.schedule.bias(max(1, self.last_update_step - self.start_step))
-
-    # --- what there is ----------------------------------------------------------------------------------------------
+    # --- what there is ------------------------------------------------------------------------------------------------
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The average, by name: the tensors themselves, not copies. Before the start they are the live ones.
@@ -401,108 +233,14 @@ class WeightAverage:
         A schedule that corrects the average gives fresh tensors, from the average and the live weights as they are. So
         does ``shard=True``, and all processes must take as many.
         """
-        lent = self._lent_now()
-        lives = dict(self.named_live())
-        for pair in self._course.pairing.pairs():
-            carried = None if lent is None else lent.average_of(pair)
-            if carried is not None:
-                yield pair.name, carried
-            else:
-                yield pair.name, self._read(pair, lives[pair.name]) if pair.averages else lives[pair.name]
+        return self._tracker.named_tensors(self._place)
 
-    def _lent_now(self) -> Loan | None:
-        return (self._course.delivery or self.loan) if self._course.lender == self._place else None
-
-    def named_live(self) -> Iterator[tuple[str, Tensor]]:
-        """The live tensors that are averaged, by name, also while the module carries the average."""
-        loan = self._course.delivery or self.loan
-        for pair in self._course.pairing.pairs():
-            yield pair.name, pair.live.detach() if loan is None else loan.live_of(pair)
-
-    @property
-    def reconcile(self) -> Reconcile | None:
-        """What a loan does about buffers that differ among processes, such as BatchNorm statistics.
-
-        ``"first"``: all are lent those of the first process; ``"mean"``: their mean; None: each its own. What is stored
-        stays each process's own. All processes must take part in a loan then, and in an update that looks for
-        ``on_nonfinite``: where weights or statistics are not finite in one of them, all leave the update out.
-        """
-        return self._course.reconcile
-
-    @reconcile.setter
-    def reconcile(self, how: Reconcile | None) -> None:
-        self._course.reconcile = how
-
-    @property
-    def alone(self) -> bool:
-        """Whether no other process may be waited for, as after an exception in one of them."""
-        return self._course.alone
-
-    @alone.setter
-    def alone(self, alone: bool) -> None:
-        self._course.alone = alone
-
-    @property
-    def sharded(self) -> bool:
-        """Whether tensors are sharded among processes (FSDP2, tensor parallelism); the average is then, too."""
-        return any(is_sharded(pair.live) for pair in self._course.pairing.pairs())
-
-    def not_held_by(self, state_dict: dict[str, Any]) -> list[str]:
-        """The names of averages not among the entries of a ``state_dict`` taken while the module carries them.
-
-        None for a schedule that corrects: what the module carries is not the average itself.
-        """
-        if self.schedule.corrects:
-            return []
-        averages = dict(self.named_tensors())
-        return missing(((p.name, p.live, averages[p.name]) for p in self._course.pairing.pairs()), state_dict)
-
-    def owns(self, optimizer: Any) -> bool:
-        """Whether the optimizer trains a tensor that is averaged."""
-        if self._trains_any(optimizer):
-            return True
-        self._course.pairing.refresh_if_stale()  # its tensors may have been replaced since the last update
-        return self._trains_any(optimizer)
-
-    def _trains_any(self, optimizer: Any) -> bool:
-        owned = self._course.pairing.identities
-        for group in optimizer.param_groups:  # plain loops: this runs at every step, and the first tensor decides
-            for parameter in group["params"]:
-                if id(parameter) in owned:
-                    return True
-        return False
-
-    def distance(self, share: float = 1.0) -> float:
+    def distance(self) -> float:
         """``||live - average|| / ||live||`` over all averaged tensors; NaN where they are not finite.
 
         Waits for an accelerator. Where weights are sharded, all processes must call it: each one sums over its shards.
-
-        Args:
-            share: of the elements of large tensors, in (0, 1]. Less than 1 looks at some of them, the same at each
-                call, which is cheaper: ``1 / 128`` was off by 0.5% on a small network.
-
-        Raises:
-            ValueError: ``share`` is out of range.
         """
-        if not 0 < share <= 1:
-            raise ValueError(f"share is {share!r}; it is the part of the elements to look at, in (0, 1].")
-        parts: dict[Groups, tuple[list[Tensor], list[Tensor]]] = {}
-        lives, lent = dict(self.named_live()), self._lent_now()
-        squares = torch.zeros(2, dtype=torch.float64)
-        device = torch.device("cpu")
-        with torch.no_grad():
-            for pair in self._course.pairing.pairs():
-                live = lives[pair.name]
-                carried = None if lent is None or pair.share is not None else lent.average_of(pair)
-                average = carried if carried is not None else self._part(pair, live) if pair.averages else live
-                of_average, of_live = parts.setdefault(pair.groups, ([], []))
-                of_average.append(local(average))
-                of_live.append(pair.part(live))
-                device = pair.live.device
-            for groups, lists in parts.items():
-                norms = squared_norms(*lists) if share == 1 else sampled_norms(*lists, share)
-                squares += sum_across(norms, groups, device)
-        return ratio(squares) if squares.isfinite().all() else math.nan
+        return self._tracker.distance(self._place)
 
     def report(self) -> str:
         """One paragraph for a person: steps and updates, how far back the average reaches, what gain to expect.
@@ -514,74 +252,18 @@ class WeightAverage:
         Returns:
             Sentences in one line, without any markup.
         """
-        return report(self._facts())
-
-    def _facts(self) -> Facts:
-        stored = (average for pair in self._course.pairing.pairs() for average in pair.averages)
-        return Facts(
-            schedule=repr(self.schedule),
-            num_steps=self.num_steps,
-            num_updates=self.num_updates,
-            num_skipped=self.num_skipped,
-            started=self.started,
-            start_step=self.start_step,
-            every_n_steps=self.settings.every_n_steps,
-            decay_per=self.settings.decay_per,
-            decay=self.decay,
-            limit=self.schedule.limit,
-            ages=self._ages(),
-            distance=self.distance(),
-            precision=max((torch.finfo(average.dtype).eps for average in stored), default=0.0),
-        )
-
-    def _ages(self) -> Ages | None:
-        history, since = self.history, self.last_update_step - self.start_step
-        if self.num_updates == 0 or history.num_steps != since or self.schedule.corrects:
-            return None
-        one = history.follows(self.schedule, self.settings.decay_per)
-        try:
-            made_of = ages(Timeline(history.stretches), self.schedule if one else None, self.settings.decay_per)
-        except ValueError:  # some updates were made under a schedule of another package, before this run
-            return None
-        return replace(made_of, mean=made_of.mean + self.num_steps - self.last_update_step)
+        return report(facts_of(self._tracker, self._place))
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters, settings and the averages by name: plain numbers, strings and tensors.
+        """Counters, settings and all averages by name: plain numbers, strings and tensors.
 
         The tensors are the averages' own, not copies; they load under ``torch.load(weights_only=True)``. With
         ``shard=True`` they are gathered, all processes must call this, and only the first one is given them.
 
         Returns:
-            ``average`` is that of the first decay, ``others`` are those of the further ones; ``origin`` holds the
-            live parameters at the start, and ``biases`` their share, where a schedule corrects for them.
+            What stands under each key is told in ``docs/how-to/checkpoints.md``.
         """
-        if self.loan is None and not self.delivered:
-            self._course.pairing.refresh_if_stale()
-        pairs = self._course.pairing.pairs()
-        first, *others = [average._stored() for average in self.averages]
-        return {
-            "format": FORMAT,
-            **self._course.counters(),
-            "started": self.started,
-            "config": self.settings.describe(),
-            "average": first,
-            "others": others,
-            "histories": [average.history.state_dict() for average in self.averages],
-            "biases": [average.bias for average in self.averages],
-            "origin": self._kept_by_first((pair, pair.origin) for pair in pairs if pair.origin is not None),
-        }
-
-    def _stored(self) -> dict[str, Tensor]:
-        if not self.started:
-            return {}
-        if self.schedule.corrects or self.processes > 1:
-            pairs = self._course.pairing.pairs()
-            return self._kept_by_first((pair, pair.averages[self._place]) for pair in pairs)
-        return dict(self.named_tensors())
-
-    def _kept_by_first(self, parts: Iterable[tuple[Pair, Tensor]]) -> dict[str, Tensor]:
-        whole = ((pair.name, self._whole(pair, part)) for pair, part in parts)  # one at a time
-        return dict(whole) if self.processes == 1 else {name: t for name, t in whole if is_first()}
+        return state_of(self._tracker)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up a state written by :meth:`state_dict`. Nothing is changed where it does not fit.
@@ -589,44 +271,45 @@ class WeightAverage:
         Tensors that the module has but that do not take part yet (layers still to be unfrozen) join.
 
         Raises:
-            ValueError: a newer format, another number of decays, or tensors that are missing, unknown or of another
+            ValueError: another format, another number of decays, or tensors that are missing, unknown or of another
                 shape: all are listed.
-            RuntimeError: during a loan, or this is a further one of several averages.
+            RuntimeError: the module carries an average, or this is a further one of several averages.
         """
-        self._course.refuse_during_loan("load_state_dict")
         if self._place > 0:
             raise RuntimeError(
                 "load_state_dict() of a further one of several averages, which share one state. Call it on the first "
                 "of them, with a state that the first of them gave."
             )
-        check_state(state)
-        known = state.get("histories") if state["started"] else None  # none in files of earlier versions
-        histories = [History.from_state_dict(one) for one in known or [None] * len(self.averages)]
-        averages = [state["average"], *state.get("others", ())]
-        if state["started"] and len(averages) != len(self.averages):
-            raise ValueError(
-                f"the state is of decay={state['config'].get('decay')}, {len(averages)} in all; asked for is "
-                f"decay={self.settings.describe()['decay']}, {len(self.averages)} in all. Give as many as it holds."
-            )
-        correcting = [repr(schedule) for schedule in self.settings.decays if schedule.corrects]
-        if state["started"] and correcting and not state.get("origin"):
-            raise ValueError(
-                f"the state was written without {correcting[0]} and does not hold the weights at the start, which that "
-                f"needs. Go on with decay={state['config'].get('decay')}, or begin a new run."
-            )
-        if state["started"]:
-            begin = state["config"].get("buffers") != self.settings.buffers
-            self._course.pairing.load(averages, state.get("origin", {}), buffers_begin=begin)
-        else:
-            self._course.pairing.forget()
-        self._course.resume(state, histories)
+        take_up(self._tracker, state)
+
+
+def tracker_of(average: WeightAverage) -> Tracker:
+    """The engine behind an average, for the callbacks; the further ones of several averages share it."""
+    return average._tracker
+
+
+def place_of(average: WeightAverage) -> int:
+    """The place of an average among those of its tracker."""
+    return average._place
+
+
+def _short(number: int) -> str:
+    """A count as people say it.
+
+    >>> [_short(n) for n in (0, 999, 1000, 25_557_032)]
+    ['0', '999', '1.0k', '25.6M']
+    """
+    for factor, letter in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= factor:
+            return f"{number / factor:.1f}{letter}"
+    return str(number)
 
 
 def _check_target(into: nn.Module, module: nn.Module, settings: Settings, shard: bool) -> None:
-    if into is module or settings.dtype is not None or settings.device is not None or settings.overlap or shard:
+    if into is module or settings.dtype is not None or settings.device is not None or shard:
         raise ValueError(
-            "into takes another module, whose tensors keep their own dtype and device, are whole, and may be read at "
-            "once: leave out dtype, device, overlap and shard."
+            "into takes another module, whose tensors keep their own dtype and device, and are whole: leave out dtype, "
+            "device and shard."
         )
     if len(settings.decays) > 1 or settings.decay.corrects:
         raise ValueError(

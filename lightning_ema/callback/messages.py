@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from lightning_ema.schedules.basic import Schedule, Warmup
 
@@ -40,15 +40,6 @@ def introduction(schedules: Sequence[Schedule], sizes: Sequence[int]) -> str:
     return (
         f"averaging {len(sizes)} tensors of {sum(sizes):,} elements with {', '.join(map(repr, schedules))}"
         f"{' (a plain number is warmed up; Constant(decay) is not)' if warm else ''}."
-    )
-
-
-def switching(every: int | str) -> str:
-    """What the first fit says where the live weights are set to the average now and then."""
-    when = f"at every {every} steps" if isinstance(every, int) else "at the end of each epoch"
-    return (
-        f"switch_every={every!r}: {when} the live weights are set to the average, and the optimizer goes on from there "
-        "with the state it has. This changes the training; leave it out for an average that only follows."
     )
 
 
@@ -106,10 +97,10 @@ def not_returned() -> str:
     )
 
 
-def shared_among_others(processes: int, now: int) -> str:
-    """Said where a loan of a shared average is asked for by other processes than those that keep its parts."""
+def partitioned_among_others(processes: int, now: int) -> str:
+    """Said where a partitioned average is asked for by other processes than those that keep its parts."""
     return (
-        f"the average is shared among {processes} processes (shard=True), but this trainer has {now}. Fit and "
+        f"the average is partitioned among {processes} processes (shard=True), but this trainer has {now}. Fit and "
         "evaluate with as many, or resume from a checkpoint; after_fit='average' leaves the whole one in the module."
     )
 
@@ -122,65 +113,48 @@ def waited(times: int) -> str:
     )
 
 
-def nothing_chosen(metric: str) -> str:
-    """A warning where one of several averages was to be chosen by a metric, and no validation ran that could."""
+def nothing_selected(metric: str) -> str:
+    """A warning where one of several averages was to be selected by a metric, and no validation ran that could."""
     return (
-        f"select={metric!r} chose nothing: no validation was run after the first update, so that the first average is "
-        "what was saved and delivered. Give fit validation data, or validate more often (val_check_interval)."
+        f"Select({metric!r}) selected nothing: no validation was run after the first update, so that the first average "
+        "is what was saved and applied. Give fit validation data, or validate more often (val_check_interval)."
     )
 
 
-def monitors_another(monitor: str, mode: str, suffix: str, plain: str, select: str | None) -> str:
+def monitors_another(monitor: str, mode: str, suffix: str, plain: str, selects: bool) -> str:
     """A warning where files are kept by the score of weights that their ``state_dict`` does not hold.
 
     Args:
         monitor, mode: what a checkpoint callback was given.
         suffix: the end of the monitored name that says which weights are scored.
         plain: the name without it, that of the weights in ``state_dict``.
-        select: the metric by which one of several averages is chosen, if any.
+        selects: whether one of several averages is selected by a metric.
     """
     if suffix == "_live":
         held, remedy = "the average", "or write evaluate='live' for files of the live weights"
-    elif select is not None:
-        held, remedy = "the average that is chosen", "the score of that one"
+    elif selects:
+        held, remedy = "the average that is selected", "the score of that one"
     else:
-        held, remedy = "the first average", f"and put that decay first or let select={plain!r}, mode={mode!r} choose"
+        held = "the first average"
+        remedy = f"and put that decay first or let evaluate=Select({plain!r}, mode={mode!r}) choose"
     return (
         f"a ModelCheckpoint monitors {monitor!r}, but state_dict of its files holds {held}, not what is scored under "
         f"that name. Monitor {plain!r}, {remedy}."
     )
 
 
-def chosen(metric: str, scores: Mapping[str, float], winner: str, schedules: Sequence[Schedule], step: int) -> str:
-    """Said when one of several averages has been chosen by a metric.
-
-    Args:
-        metric: its name.
-        scores: of all averages, by name.
-        winner: the name of the one that is chosen.
-        schedules: of all averages, in the order of ``scores``.
-        step: the last one, counted from the start of the averages.
-    """
-    rest = ", ".join(f"{name} {score:.6g}" for name, score in scores.items() if name != winner)
-    by_name = dict(zip(scores, schedules, strict=True))
-    same = [n for n in scores if scores[n] == scores[winner] and _same_so_far(by_name[n], by_name[winner], step)]
-    one = (
-        f" So far {', '.join(same)} are one and the same average: their warm-up has come to a decay of "
-        f"{by_name[winner](step):.4g} only. Compare smaller decays, or Constant(...)."
-    )
-    return f"by {metric} the decay {winner} is chosen, with {scores[winner]:.6g} ({rest}).{one if same[1:] else ''}"
-
-
-def _same_so_far(first: Schedule, second: Schedule, step: int) -> bool:
-    """Whether two averages are the same because both are warmed up alike, and neither has come to its own decay."""
-    alike = isinstance(first, Warmup) and isinstance(second, Warmup) and first.offset == second.offset
-    return first == second or (alike and first(step) == second(step))
-
-
-def chosen_last(metric: str, winner: str, place: int, delivered: bool) -> str:
-    """Said after a fit in which one of several averages was chosen by a metric in each validation."""
-    holders = "files saved from here on and the module" if delivered else "files saved from here on"
+def will_not_return() -> str:
+    """A warning where a strategy runs the fit in processes whose memory is lost."""
     return (
-        f"chosen last by {metric}: the decay {winner} (place {place}, counted from 0). Evaluations, {holders} have it; "
-        "a checkpoint saved before has the one that was chosen then."
+        "only the module's weights return from the processes that this strategy spawns; resume from a checkpoint, or "
+        "use strategy='ddp'."
+    )
+
+
+def selected_last(metric: str, winner: str, place: int, applied: bool) -> str:
+    """Said after a fit in which one of several averages was selected by a metric in each validation."""
+    holders = "files saved from here on and the module" if applied else "files saved from here on"
+    return (
+        f"selected last by {metric}: the decay {winner} (place {place}, counted from 0). Evaluations, {holders} have "
+        "it; a checkpoint saved before has the one that was selected then."
     )

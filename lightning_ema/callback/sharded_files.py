@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_ema.averaging.weight_average import WeightAverage
+from lightning_ema.averaging.tracker import Tracker
 from lightning_ema.checkpoint import sharded as sharded_checkpoint
 from lightning_ema.modules.named_tensors import Survey
 from lightning_ema.trainer import facts
@@ -28,9 +28,9 @@ def store(trainer: Trainer, checkpoint: dict[str, Any], entry: dict[str, Any]) -
         sharded_checkpoint.gather(entry, keep=trainer.is_global_zero)
 
 
-def agreed(trainer: Trainer, average: WeightAverage, missing: list[str]) -> list[str]:
+def agreed(trainer: Trainer, tracker: Tracker, missing: list[str]) -> list[str]:
     """What ``state_dict`` does not hold. Of a gathered one only the first process can say, and it alone writes."""
-    return facts.agreed(trainer, missing) if average.sharded or average.processes > 1 else missing
+    return facts.agreed(trainer, missing) if tracker.sharded or tracker.processes > 1 else missing
 
 
 def fetch(trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any], entry: dict[str, Any]) -> None:

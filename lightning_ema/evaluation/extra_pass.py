@@ -81,9 +81,9 @@ def begin(trainer: Trainer, pl_module: LightningModule) -> Begun:
     for source in map(_used_up, loaders):
         if source is not None:
             raise ValueError(
-                f"evaluate='both', others='evaluate' and select pass over the data several times, and "
+                f"evaluate='both', 'all' and Select pass over the data several times, and "
                 f"{type(source).__name__} is an iterator: its __iter__ gives itself. Give it an __iter__ that begins "
-                "anew, or leave these arguments out."
+                "anew, or write evaluate='average'."
             )
     owners = [part for loader in loaders for part in parts(loader)]
     lightnings_own = vars(LightningModule()).keys() - vars(nn.Module()).keys()
@@ -131,7 +131,7 @@ def evaluate_again(
             if first.batch_progress.current.ready > loop.batch_progress.current.ready == 0:
                 raise RuntimeError(
                     "the loaders gave no batch in a further pass over the data. They must give the same batches each "
-                    "time they are iterated; or leave out evaluate='both', others='evaluate' and select."
+                    "time they are iterated; or write evaluate='average'."
                 )
             return results_of(loop, trainer)
     finally:

@@ -1,18 +1,18 @@
-"""The further passes over the data of an evaluation: other averages, the live weights, the choice among averages."""
+"""The further passes over the data of an evaluation: other averages, the live weights, the selection of an average."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_ema.averaging.module_weights import Batches, Custody
 from lightning_ema.averaging.settings import label
-from lightning_ema.averaging.weight_average import WeightAverage
-from lightning_ema.callback.messages import chosen
+from lightning_ema.averaging.tensor_set import Batches
+from lightning_ema.averaging.tracker import Tracker
 from lightning_ema.evaluation import extra_pass
 from lightning_ema.evaluation.selection import best_of, score_of
-from lightning_ema.evaluation.settings import Scoring
+from lightning_ema.evaluation.settings import Evaluation
+from lightning_ema.schedules.basic import Schedule, Warmup
 from lightning_ema.trainer import facts
 from lightning_ema.trainer.evaluation_loop import Result
 
@@ -24,95 +24,132 @@ class Passes:
     """What one evaluation after another asks of the data beside its own pass.
 
     Args:
-        scoring: which weights are scored.
+        evaluation: which weights are scored.
         name: of the callback, which the names of further metrics begin with.
+
+    Attributes:
+        num_selections: how many validations have ended in which an average could be selected.
     """
 
-    def __init__(self, scoring: Scoring, name: str) -> None:
-        self._scoring = scoring
+    def __init__(self, evaluation: Evaluation, name: str) -> None:
+        self.num_selections = 0
+        self._evaluation = evaluation
         self._name = name
         self._begun: extra_pass.Begun | None = None
         self._scored: list[tuple[str, list[Result]]] = []
-        self._could_choose = False
+        self._could_select = False
 
     def check(self, trainer: Trainer) -> None:
-        """Refuse a trainer under which a second pass cannot be run, where one is asked for."""
-        for asked in self._scoring.passes:
-            extra_pass.check(trainer, asked)
+        """Refuse a trainer under which a further pass cannot be run, where one is asked for."""
+        if self._evaluation.needs_passes:
+            extra_pass.check(trainer, f"evaluate={self._evaluation.evaluate!r}")
 
-    def begin(self, trainer: Trainer, pl_module: LightningModule, custody: Custody | None) -> None:
+    def begin(self, trainer: Trainer, pl_module: LightningModule, tracker: Tracker | None) -> None:
         """Notes what further passes are to find again; a file that is evaluated has none."""
-        self._scored, self._could_choose, self._begun = [], False, None
-        if custody is None or custody.average.module is not pl_module or custody.holds_file:
+        self._scored, self._could_select, self._begun = [], False, None
+        if tracker is None or tracker.module is not pl_module or tracker.weights.holds_file:
             return
-        chooses = self._scoring.select is not None and facts.is_fitting(trainer)
-        if not trainer.sanity_checking and (chooses or self._beside(custody.average.averages)):
+        selects = self._evaluation.select is not None and facts.is_fitting(trainer)
+        if not trainer.sanity_checking and (selects or self._beside(tracker)):
             self._begun = extra_pass.begin(trainer, pl_module)
 
-    def choose(
-        self, trainer: Trainer, pl_module: LightningModule, custody: Custody | None, batches: Take
+    def select(
+        self, trainer: Trainer, pl_module: LightningModule, tracker: Tracker | None, batches: Take
     ) -> str | None:
-        """Evaluates every average and hands the best one to the custody; gives what there is to say of that.
+        """Evaluates every average and selects the best one; gives what there is to say of that.
 
         The results are logged when logging is due, in :meth:`run`.
         """
-        begun, metric = self._begun, self._scoring.select
-        if custody is None or begun is None or metric is None or not facts.is_fitting(trainer):
+        begun, select = self._begun, self._evaluation.select
+        if tracker is None or begun is None or select is None or not facts.is_fitting(trainer):
             return None
-        if not custody.gives_average:
+        if not tracker.holds.gives_average:
             return None
-        self._could_choose = True
-        if custody.choices % self._scoring.evaluate_every:
+        self._could_select = True
+        if self.num_selections % select.every:
             return None
-        averages, scores = custody.average.averages, []
-        for place, average in enumerate(averages):
-            results = extra_pass.evaluate_again(trainer, pl_module, begun, custody.instead(place, batches()))
-            self._scored.append((f"/{self.label(average)}", results))
+        scores = []
+        for place in range(len(tracker.schedules)):
+            carried = tracker.holds.instead(place, batches())
+            results = extra_pass.evaluate_again(trainer, pl_module, begun, carried)
+            self._scored.append((f"/{self.label(tracker, place)}", results))
             logged = {result.name: float(result.value) for result in results}
             # the first process's: values that are not reduced differ among them, and may be logged there alone
-            scores.append(score_of(metric, facts.agreed(trainer, logged)))
-        custody.chosen = best_of(scores, self._scoring.mode, custody.chosen)
-        labels, first = [label(average.settings.decay) for average in averages], averages[0]
-        schedules, step = [average.schedule for average in averages], first.num_steps - first.start_step
-        return chosen(metric, dict(zip(labels, scores, strict=True)), labels[custody.chosen], schedules, step)
+            scores.append(score_of(select.metric, facts.agreed(trainer, logged)))
+        tracker.holds.selected = best_of(scores, select.mode, tracker.holds.selected)
+        labels = [label(schedule) for schedule in tracker.settings.decays]
+        step = tracker.num_steps - tracker.start_step
+        return said_of(
+            select.metric,
+            dict(zip(labels, scores, strict=True)),
+            labels[tracker.holds.selected],
+            tracker.schedules,
+            step,
+        )
 
     @property
     def due(self) -> bool:
         """Whether :meth:`run` has something to do in this evaluation."""
         return self._begun is not None
 
-    def run(self, trainer: Trainer, pl_module: LightningModule, custody: Custody | None, batches: Take) -> None:
+    def run(self, trainer: Trainer, pl_module: LightningModule, tracker: Tracker | None, batches: Take) -> None:
         """Makes the passes that are left, and logs the results of all of them."""
         begun, self._begun = self._begun, None
-        if begun is None or custody is None:
+        if begun is None or tracker is None:
             return
         for suffix, results in self._scored:
             extra_pass.log_again(pl_module, results, suffix)
-        for suffix, place in self._beside(custody.average.averages).items():
-            results = extra_pass.evaluate_again(trainer, pl_module, begun, custody.instead(place, batches()))
+        for suffix, place in self._beside(tracker).items():
+            carried = tracker.holds.instead(place, batches())
+            results = extra_pass.evaluate_again(trainer, pl_module, begun, carried)
             extra_pass.log_again(pl_module, results, suffix)
 
-    def end(self, custody: Custody | None) -> None:
+    def end(self) -> None:
         """An evaluation is over; only now, because a run that is resumed inside of one begins it anew."""
-        if custody is not None and self._could_choose:
-            custody.choices += 1
-        self._could_choose = False
+        self.num_selections += self._could_select
+        self._could_select = False
 
     def drop(self) -> None:
         """No further pass is made in this evaluation."""
         self._begun = None
 
-    def suffixes(self, averages: Sequence[WeightAverage]) -> list[str]:
+    def suffixes(self, tracker: Tracker) -> list[str]:
         """The ends of the names under which weights are scored that ``state_dict`` of a file does not hold."""
-        among = averages if self._scoring.select is not None else []
-        return [*self._beside(averages), *(f"/{self.label(average)}" for average in among)]
+        among = range(len(tracker.schedules)) if self._evaluation.select is not None else ()
+        return [*self._beside(tracker), *(f"/{self.label(tracker, place)}" for place in among)]
 
-    def label(self, average: WeightAverage) -> str:
+    def label(self, tracker: Tracker, place: int) -> str:
         """A further average in the names of metrics."""
-        return f"{self._name}_{label(average.settings.decay)}"
+        return f"{self._name}_{label(tracker.settings.decays[place])}"
 
-    def _beside(self, averages: Sequence[WeightAverage]) -> dict[str, int | None]:
+    def _beside(self, tracker: Tracker) -> dict[str, int | None]:
         """What is evaluated beside the average: the suffix of its metrics and its place; None for the live weights."""
-        live: dict[str, int | None] = {"_live": None} if self._scoring.evaluate == "both" else {}
-        others = averages[1:] if self._scoring.others == "evaluate" else []
-        return {**live, **{f"/{self.label(average)}": place for place, average in enumerate(others, start=1)}}
+        live: dict[str, int | None] = {"_live": None} if self._evaluation.scores_live else {}
+        further = range(1, len(tracker.schedules)) if self._evaluation.scores_further else ()
+        return {**live, **{f"/{self.label(tracker, place)}": place for place in further}}
+
+
+def said_of(metric: str, scores: Mapping[str, float], winner: str, schedules: Sequence[Schedule], step: int) -> str:
+    """Said when one of several averages has been selected by a metric.
+
+    Args:
+        metric: its name.
+        scores: of all averages, by name.
+        winner: the name of the one that is selected.
+        schedules: of all averages, in the order of ``scores``.
+        step: the last one, counted from the start of the averages.
+    """
+    rest = ", ".join(f"{name} {score:.6g}" for name, score in scores.items() if name != winner)
+    by_name = dict(zip(scores, schedules, strict=True))
+    same = [n for n in scores if scores[n] == scores[winner] and _same_so_far(by_name[n], by_name[winner], step)]
+    one = (
+        f" So far {', '.join(same)} are one and the same average: their warm-up has come to a decay of "
+        f"{by_name[winner](step):.4g} only. Compare smaller decays, or Constant(...)."
+    )
+    return f"by {metric} the decay {winner} is selected, with {scores[winner]:.6g} ({rest}).{one if same[1:] else ''}"
+
+
+def _same_so_far(first: Schedule, second: Schedule, step: int) -> bool:
+    """Whether two averages are the same because both are warmed up alike, and neither has come to its own decay."""
+    alike = isinstance(first, Warmup) and isinstance(second, Warmup) and first.offset == second.offset
+    return first == second or (alike and first(step) == second(step))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
-Mode = Literal["min", "max"]
+from lightning_ema.evaluation.settings import Mode
 
 
 def best_of(scores: Sequence[float], mode: Mode, before: int) -> int:
@@ -31,7 +30,7 @@ def score_of(metric: str, logged: Mapping[str, float]) -> float:
     """
     if metric not in logged:
         raise ValueError(
-            f"select={metric!r}: the module logs no such metric for a whole validation. It logs "
+            f"Select({metric!r}): the module logs no such metric for a whole validation. It logs "
             f"{', '.join(sorted(logged)) or 'nothing'}; write one of these, or log it in validation_step."
         )
     return logged[metric]

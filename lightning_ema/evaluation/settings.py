@@ -1,80 +1,105 @@
-"""What a user asks of an evaluation: one frozen value, checked where it is made."""
+"""What a user asks of an evaluation: frozen values, checked where they are made."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from lightning_ema.averaging.settings import Buffers
-from lightning_ema.checks import check_choice, check_count
-from lightning_ema.evaluation.selection import Mode
+from lightning_ema.checks import check_choice, check_count, check_flag
 
-Evaluate = Literal["average", "live", "both"]
-Others = Literal["follow", "log", "evaluate"]
+Mode = Literal["min", "max"]
+Weights = Literal["average", "live", "both", "all"]
 
 
 @dataclass(frozen=True)
-class Scoring:
-    """Which weights are scored. The docstring of :class:`~lightning_ema.EMACallback` says what each field means."""
+class Select:
+    """Chooses one of several averages in each validation of a fit, by a metric of its own evaluation.
+
+    Each average is evaluated in a pass of its own, logged as ``<metric>/<name>_<decay>``; then the best one is
+    evaluated under the plain names, monitored, saved and applied. Takes one more pass over the data than there are
+    averages.
+
+    Example::
+
+        EMACallback(decay=[0.99, 0.999], evaluate=Select("val_loss"))
+
+    Args:
+        metric: its name, as the module logs it for a whole validation.
+        mode: whether the smallest (``"min"``) or the largest (``"max"``) value is the best.
+        every: choose only in every so many validations.
+        live: score the live weights too, in a further pass, logged as ``<metric>_live``.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range.
+    """
+
+    metric: str
+    mode: Mode = "min"
+    every: int = 1
+    live: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.metric, str) or not self.metric:
+            raise ValueError(f"Select: metric is {self.metric!r}; it must be the name of a metric, such as 'val_loss'.")
+        check_choice(self.mode, "Select: mode", get_args(Mode))
+        check_count(self.every, "Select: every", at_least=1)
+        check_flag(self.live, "Select: live")
+
+
+Evaluate = Weights | Select
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Which weights evaluations and files are given, and which are scored beside them."""
 
     evaluate: Evaluate
-    others: Others
-    select: str | None
-    mode: Mode
-    evaluate_every: int
 
     @classmethod
-    def checked(
-        cls,
-        evaluate: Evaluate,
-        others: Others,
-        select: str | None,
-        mode: Mode,
-        evaluate_every: int,
-        *,
-        several: bool,
-        buffers: Buffers,
-        switch_every: int | Literal["epoch"] | None,
-    ) -> Scoring:
-        """Checks the fields, and beside them what excludes some of them.
+    def checked(cls, evaluate: Evaluate, *, several: bool, recalibrates: bool) -> Evaluation:
+        """Checks what was asked, and beside it what excludes it.
+
+        Args:
+            evaluate: as in :class:`~lightning_ema.EMACallback`.
+            several: whether there are several averages.
+            recalibrates: whether BatchNorm statistics are estimated anew.
 
         Raises:
-            ValueError, TypeError: naming the argument, what was given, what is accepted and what to write instead.
+            ValueError: naming the argument, what was given, what is accepted and what to write instead.
         """
-        check_choice(evaluate, "evaluate", get_args(Evaluate))
-        check_choice(others, "others", get_args(Others))
-        if others != "follow" and not several:
-            raise ValueError(f"others={others!r} needs several decays, for instance decay=[0.99, 0.999].")
-        if others == "evaluate" and evaluate == "live":
-            raise ValueError("others='evaluate' beside evaluate='live': write evaluate='both', or 'average'.")
-        check_choice(mode, "mode", get_args(Mode))
-        check_count(evaluate_every, "evaluate_every", at_least=1)
-        if select is None and (mode != "min" or evaluate_every != 1):
-            raise ValueError("mode and evaluate_every belong to select: write select='val_loss', or leave them out.")
-        scoring = cls(evaluate, others, select, mode, evaluate_every)
-        if select is not None:
-            scoring._check_select(several, buffers, switch_every)
-        return scoring
-
-    def _check_select(self, several: bool, buffers: Buffers, switch_every: int | Literal["epoch"] | None) -> None:
-        select = self.select
-        if not isinstance(select, str) or not select:
-            raise ValueError(f"select is {select!r}; it must be the name of a metric, such as 'val_loss'.")
-        if not several:
+        if not isinstance(evaluate, Select):
+            if evaluate not in get_args(Weights):
+                accepted = ", ".join(map(repr, get_args(Weights)))
+                raise ValueError(f"evaluate is {evaluate!r}; accepted are {accepted} and Select('val_loss').")
+        elif not several:
             raise ValueError(
-                f"select={select!r} needs several decays to choose from, for instance decay=[0.99, 0.999]."
+                f"evaluate={evaluate!r} needs several decays to choose from, for instance decay=[0.99, 0.999]."
             )
-        for argument, value, refused in (("evaluate", self.evaluate, "live"), ("others", self.others, "evaluate")):
-            if value == refused:
-                raise ValueError(f"select={select!r} beside {argument}={refused!r}: leave {argument} out.")
-        if buffers == "recalibrate":
-            raise ValueError(f"select={select!r} beside buffers='recalibrate': write buffers='average'.")
-        if switch_every is not None:  # by which of the averages?
-            raise ValueError(f"select={select!r} beside switch_every={switch_every!r}: leave one of them out.")
+        elif recalibrates:
+            raise ValueError(f"evaluate={evaluate!r} beside buffers='recalibrate': write buffers='average'.")
+        return cls(evaluate)
 
     @property
-    def passes(self) -> list[str]:
-        """The arguments, as they were written, that ask for further passes over the data."""
-        asked = [f"evaluate={self.evaluate!r}"] if self.evaluate == "both" else []
-        asked += [f"others={self.others!r}"] if self.others == "evaluate" else []
-        return asked + ([f"select={self.select!r}"] if self.select is not None else [])
+    def gives_average(self) -> bool:
+        """Whether evaluations and files are given an average."""
+        return self.evaluate != "live"
+
+    @property
+    def select(self) -> Select | None:
+        """How one of several averages is chosen; None where it is the first."""
+        return self.evaluate if isinstance(self.evaluate, Select) else None
+
+    @property
+    def scores_live(self) -> bool:
+        """Whether the live weights are scored beside the average."""
+        return self.evaluate in ("both", "all") or (self.select is not None and self.select.live)
+
+    @property
+    def scores_further(self) -> bool:
+        """Whether each further average is scored beside the first."""
+        return self.evaluate == "all"
+
+    @property
+    def needs_passes(self) -> bool:
+        """Whether further passes over the data are asked for."""
+        return self.scores_live or self.select is not None

@@ -1,4 +1,4 @@
-"""BatchNorm statistics re-estimated for the averaged weights. Knows torch, not Lightning."""
+"""BatchNorm statistics: which tensors they are, and estimating them anew. Knows torch, not Lightning."""
 
 from __future__ import annotations
 
@@ -12,70 +12,12 @@ from torch.optim.swa_utils import update_bn
 from lightning_ema.distributed.partition import reconcile_
 from lightning_ema.modules.named_tensors import Survey
 
-
-class Recalibration:
-    """The running statistics that the averaged weights produce on training data, and their loan to the module.
-
-    They are estimated by ``torch.optim.swa_utils.update_bn``: a plain mean over the batches, in train mode. The live
-    statistics are set aside meanwhile and come back with :meth:`take_out`.
-
-    Attributes:
-        made_at: the number of updates of the average for which the statistics were estimated; -1 before the first.
-        estimated: the statistics, by name.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.made_at = -1
-        self._module = module
-        self._live: dict[str, Tensor] = {}
-        self.estimated: dict[str, Tensor] = {}
-
-    def live(self) -> dict[str, Tensor]:
-        """The live statistics, by name, also while the module carries the estimated ones."""
-        return self._live or statistics_of(self._module)
-
-    def tensors(self) -> list[Tensor]:
-        """The module's own tensors that are written to."""
-        return list(statistics_of(self._module).values())
-
-    def put_in(self, batches: Iterable[Any] | None, made_at: int, together: bool = False) -> None:
-        """Lets the module, which carries the average, carry the statistics that belong to it.
-
-        Args:
-            batches: training batches to estimate them from where that has not been done for ``made_at``; None to make
-                do with what there is, which may be the live ones.
-            made_at: the number of updates of the average.
-            together: whether all processes estimate them now, each from batches of its own.
-        """
-        current = statistics_of(self._module)
-        self._live = {name: tensor.clone() for name, tensor in current.items()}
-        try:
-            with torch.inference_mode(False), torch.no_grad():
-                if self.made_at != made_at and batches is not None:
-                    update_bn(batches, self._module)
-                    if together:
-                        reconcile_([tensor for tensor in current.values() if tensor.is_floating_point()], "mean")
-                    self.keep(made_at)
-                else:
-                    _write(self.estimated, current)
-        except BaseException:
-            self.take_out()
-            raise
-
-    def keep(self, made_at: int) -> None:
-        """Takes the statistics that the module has now for those of the average after ``made_at`` updates."""
-        self.estimated = {name: tensor.clone() for name, tensor in statistics_of(self._module).items()}
-        self.made_at = made_at
-
-    def take_out(self) -> None:
-        """Brings the live statistics back; without a loan it does nothing."""
-        with torch.inference_mode(False), torch.no_grad():
-            _write(self._live, statistics_of(self._module))
-        self._live = {}
+Statistics = dict[str, Tensor]
+"""Running means, variances and counters by their qualified names."""
 
 
-def statistics_of(module: nn.Module) -> dict[str, Tensor]:
-    """The running means, variances and counters of all BatchNorm layers, by qualified name.
+def statistics_of(module: nn.Module) -> Statistics:
+    """The running means, variances and counters of all BatchNorm layers: the tensors themselves.
 
     The common base of those layers is private in torch; ``update_bn`` itself goes by it.
     """
@@ -84,6 +26,19 @@ def statistics_of(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in Survey(module).tensors.items() if id(tensor) in buffers}
 
 
-def _write(values: dict[str, Tensor], into: dict[str, Tensor]) -> None:
-    for name, value in values.items():
-        into[name].copy_(value)
+def estimate(module: nn.Module, batches: Iterable[Any], together: bool) -> Statistics:
+    """Sets the statistics to those that the module's weights produce on batches; gives copies of them.
+
+    They are estimated by ``torch.optim.swa_utils.update_bn``: a plain mean over the batches, in train mode.
+
+    Args:
+        module: the module, carrying the weights that the statistics are to belong to.
+        batches: of training data.
+        together: whether all processes estimate now, each from batches of its own.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        update_bn(batches, module)
+        current = statistics_of(module)
+        if together:
+            reconcile_([tensor for tensor in current.values() if tensor.is_floating_point()], "mean")
+        return {name: tensor.clone() for name, tensor in current.items()}

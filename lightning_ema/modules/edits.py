@@ -11,7 +11,7 @@ from lightning_ema.distributed.dtensor import version
 from lightning_ema.modules.named_tensors import Survey
 
 
-class Footprint:
+class Edits:
     """The parameters of a module as they are now, by identity and by how often they were written to.
 
     Moving a module to another device changes neither; loading weights, an optimizer step and an assignment do. A

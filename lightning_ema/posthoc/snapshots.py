@@ -8,13 +8,14 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from lightning_ema.averaging.weight_average import WeightAverage
+from lightning_ema.averaging.weight_average import WeightAverage, place_of, tracker_of
 from lightning_ema.checkpoint import snapshot as snapshot_file
 from lightning_ema.checks import check_count
 from lightning_ema.distributed.partition import is_first
 from lightning_ema.schedules.basic import Schedule
-from lightning_ema.schedules.history import joined
+from lightning_ema.schedules.history import History, joined
 from lightning_ema.schedules.text import write_schedule
 
 _NAME = re.compile(r"snapshot-([0-9a-f]{8})-(\d+)\.pt")
@@ -67,14 +68,14 @@ def take(snapshots: Snapshots, averages: Sequence[WeightAverage]) -> Path | None
     Raises:
         ValueError: as :func:`check`.
     """
-    if not averages or not averages[0].history.run:
+    if not averages or not _history(averages[0]).run:
         check(snapshots, averages)
         _begin(averages)
-    average = averages[0]
-    if not average.started or average.last_update_step != average.num_steps:
+    first, every = tracker_of(averages[0]), snapshots.every_n_steps
+    if not first.started or first.last_update_step != first.num_steps:
         return None
-    now, every = average.last_update_step - average.start_step, snapshots.every_n_steps
-    if now == 0 or now // every == (now - average.history.last_gap) // every:
+    now = first.last_update_step - first.start_step
+    if now == 0 or now // every == (now - _history(averages[0]).last_gap) // every:
         return None
     return write(snapshots, averages)
 
@@ -89,26 +90,26 @@ def write(snapshots: Snapshots, averages: Sequence[WeightAverage]) -> Path | Non
         ValueError: as :func:`check`, or the averages have not started.
     """
     directory = check(snapshots, averages)
-    first = averages[0]
+    first, history = tracker_of(averages[0]), _history(averages[0])
     if not first.started:
         raise ValueError(f"the averages start at step {first.start_step}; there is nothing to take a snapshot of yet.")
-    if not first.history.run:
+    if not history.run:
         _begin(averages)
     writes, together = is_first(), first.sharded or first.processes > 1
-    content = snapshot_file.pack(averages, keep=writes) if writes or together else {}
+    content = _content(averages, keep=writes) if writes or together else {}
     if not writes:
         return None
-    path = _path(directory, first.history.run, first.last_update_step)
+    path = _path(directory, history.run, first.last_update_step)
     snapshot_file.save(content, path)
-    first.history.snapshots = sorted({*first.history.snapshots, first.last_update_step})
+    history.snapshots = sorted({*history.snapshots, first.last_update_step})
     discard_future(snapshots, averages)
     start = first.start_step
-    counted = [step - start for step in first.history.snapshots]
+    counted = [step - start for step in history.snapshots]
     kept = [start + step for step in thinned(counted, snapshots.every_n_steps, snapshots.keep)]
-    for step in first.history.snapshots:
+    for step in history.snapshots:
         if step not in kept:
-            _path(directory, first.history.run, step).unlink(missing_ok=True)
-    first.history.snapshots = kept
+            _path(directory, history.run, step).unlink(missing_ok=True)
+    history.snapshots = kept
     return path
 
 
@@ -121,12 +122,12 @@ def discard_future(snapshots: Snapshots, averages: Sequence[WeightAverage]) -> l
         The files removed; the log names their steps.
     """
     directory = check(snapshots, averages)
-    history = averages[0].history
+    first, history = tracker_of(averages[0]), _history(averages[0])
     if not history.run or not is_first():
         return []
     present = steps_in(directory, history.run)
-    if averages[0].last_update_step in present:  # written after the checkpoint, at the end of the run resumed
-        history.snapshots = sorted({*history.snapshots, averages[0].last_update_step})
+    if first.last_update_step in present:  # written after the checkpoint, at the end of the run resumed
+        history.snapshots = sorted({*history.snapshots, first.last_update_step})
     future = [step for step in present if step not in history.snapshots]
     history.snapshots = [step for step in history.snapshots if step in present]
     if future:
@@ -157,14 +158,14 @@ def check(snapshots: Snapshots, averages: Sequence[WeightAverage]) -> Path:
     if not averages:
         raise ValueError("there are no averages to take a snapshot of; give at least one WeightAverage.")
     for average in averages:
-        check_schedule(average.schedule)
+        check_schedule(tracker_of(average).schedules[place_of(average)])
     if any(_counters(average) != _counters(averages[0]) for average in averages):
         raise ValueError(
             "the averages belong to different modules, or were not started and updated at the same steps. Give them "
             "the same every_n_steps, start_step, include and exclude, and step them together."
         )
-    first = averages[0]
-    if first.started and first.history.num_steps != first.last_update_step - first.start_step:
+    first = tracker_of(averages[0])
+    if first.started and _history(averages[0]).num_steps != first.last_update_step - first.start_step:
         raise ValueError(
             "the average was taken up from a file that does not say at which steps it was updated, so its weight "
             "profile is unknown. Call start() to let it begin again, or train without snapshots."
@@ -236,9 +237,25 @@ def _begin(averages: Sequence[WeightAverage]) -> None:
     """Names the run, without touching a random state that training uses."""
     run = secrets.token_hex(4)
     for average in averages:
-        average.history.run = run
+        _history(average).run = run
+
+
+def _history(average: WeightAverage) -> History:
+    return tracker_of(average).histories[place_of(average)]
 
 
 def _counters(average: WeightAverage) -> tuple[object, ...]:
-    updates = joined(average.history.stretches)
-    return average.module, average.started, average.start_step, average.last_update_step, updates
+    tracker, updates = tracker_of(average), joined(_history(average).stretches)
+    return tracker.module, tracker.started, tracker.start_step, tracker.last_update_step, updates
+
+
+def _content(averages: Sequence[WeightAverage], keep: bool) -> dict[str, Any]:
+    first = tracker_of(averages[0])
+    names = {name for name, _ in first.named_live()}
+    averaged = [
+        snapshot_file.Averaged(
+            tracker_of(average).settings.of(place_of(average)).describe(), _history(average), average.named_tensors()
+        )
+        for average in averages
+    ]
+    return snapshot_file.pack(first.module, names, first.last_update_step, first.start_step, averaged, keep)

@@ -13,7 +13,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_ema.averaging.weight_average import WeightAverage
+from lightning_ema.averaging.report import facts_of, report
+from lightning_ema.averaging.state_dict import state_of, take_up
+from lightning_ema.averaging.tracker import Tracker
+from lightning_ema.averaging.weight_average import WeightAverage, tracker_of
 from lightning_ema.callback.messages import other_settings
 from lightning_ema.checkpoint.entry import changes
 from lightning_ema.modules.batchnorm import statistics_of
@@ -22,7 +25,7 @@ from lightning_ema.schedules.basic import Plan
 from lightning_ema.teacher.config import MeanTeacherConfig
 from lightning_ema.teacher.networks import Watched, check_alike, check_width, copy_buffers, copy_frozen, networks
 from lightning_ema.trainer import facts
-from lightning_ema.trainer.step_counter import StepCounter
+from lightning_ema.trainer.clock import Clock
 
 _NOT_STARTED = sys.maxsize
 _OF_TENSORS = ("average", "others", "origin")
@@ -38,9 +41,7 @@ class TeacherCallback(Callback):
     def __init__(self) -> None:
         self._average: WeightAverage | None = None
         self._loaded: dict[str, Any] | None = None
-        self._steps = StepCounter()
-        self._steps_before = 0
-        self._pace = facts.Pace()
+        self._clock = Clock()
         self._plan: Plan | None = None
         self._config = MeanTeacherConfig()
         self._module: LightningModule | None = None
@@ -85,171 +86,171 @@ class TeacherCallback(Callback):
         if trainer.ckpt_path is None:
             self._loaded = None  # of a file that was only tested or validated
         begins = facts.begins(trainer) and self._loaded is None
-        if not begins and self._loaded is None and self._average is not None and self._average.module is student:
+        if (
+            not begins
+            and self._loaded is None
+            and self._average is not None
+            and tracker_of(self._average).module is student
+        ):
             self._loaded = self.state_dict()  # the teacher, its tensors or the settings may have been replaced
-        average = self._pair(pl_module)
+        tracker = self._pair(pl_module)
         if begins:
-            average.start_at(0)
+            tracker.start_at(0)
             with torch.no_grad():
-                copy_frozen(student, teacher, average)
-            self._copy_buffers(average)
+                copy_frozen(student, teacher, _names(tracker))
+            self._copy_buffers(tracker)
         else:
-            self._go_on(average)
-        self._steps.hold(self._owns)
+            self._go_on(tracker)
+        self._clock.steps.hold(self._owns)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        average = self._require()
+        tracker = self._require()
         config: MeanTeacherConfig = pl_module.mean_teacher  # type: ignore[assignment]
         self._teacher.train(config.teacher_trains(pl_module.training))  # may be assigned late
-        if not average.module.training:
+        if not tracker.module.training:
             rank_zero_warn(
                 "MeanTeacher: the student is in eval mode, so its dropout and BatchNorm do not train. Call "
                 "self.student.train() if that is not meant."
             )
-        if facts.begins(trainer):
-            self._steps_before, self._pace = average.num_steps, facts.Pace()
-        self._pace = facts.pace(trainer, self._pace, average.num_steps - self._steps_before)
-        self._plan = facts.plan(trainer, self._pace).after(-self._steps_before).after(average.start_step)
-        average.bind(self._plan)
+        self._plan = self._clock.begin(trainer, tracker.num_steps).after(tracker.start_step)
+        tracker.bind(self._plan)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _check_optimizers(trainer, pl_module)  # again: what is unfrozen in training is added to an optimizer
         self._teacher.requires_grad_(False)  # again: the whole module may have been unfrozen
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        average = self._keep_up(pl_module)
-        with self._in_words_of_teacher_and_student(average):
-            average.refresh()
-        self._steps.open()
+        tracker = self._keep_up(pl_module)
+        with self._in_words_of_teacher_and_student(tracker):
+            tracker.refresh()
+        self._clock.steps.open()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._steps.close()
-        if self.absorb() and facts.logs_this_step(trainer):
-            average = self._require()
-            values = {"mean_teacher/decay": average.decay, "mean_teacher/distance": average.distance()}
+        self._clock.steps.close()
+        if self.follow() and facts.logs_this_step(trainer):
+            tracker = self._require()
+            values = {"mean_teacher/decay": tracker.decay(0), "mean_teacher/distance": tracker.distance(0)}
             pl_module.log_dict(values, on_step=True, on_epoch=False)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.absorb()
-        self._steps.release()
+        self.follow()
+        self._clock.steps.release()
         if self.num_steps > 0 and not facts.is_trial(trainer):
             self._report(self._require())
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         try:
-            self.absorb()
+            self.follow()
         except (RuntimeError, ValueError) as error:  # the exception under way matters more
             rank_zero_warn(str(error))
         finally:
-            self._steps.release()
+            self._clock.steps.release()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._steps.release()
+        self._clock.steps.release()
 
-    def absorb(self) -> bool:
+    def follow(self) -> bool:
         """Lets the teacher follow the steps taken since the last time; gives whether there were any."""
-        steps = self._steps.take()
+        steps = self._clock.steps.take()
         if self._average is None or self._module is None or not steps:
             return False
-        average = self._keep_up(self._module)
-        with self._in_words_of_teacher_and_student(average):
-            if average.step(steps):
-                self._copy_buffers(average)
+        tracker = self._keep_up(self._module)
+        with self._in_words_of_teacher_and_student(tracker):
+            if tracker.step(steps):
+                self._copy_buffers(tracker)
         return True
 
     @contextmanager
-    def _in_words_of_teacher_and_student(self, average: WeightAverage) -> Iterator[None]:
+    def _in_words_of_teacher_and_student(self, tracker: Tracker) -> Iterator[None]:
         """Where the engine fails because the two are no longer built alike, says which of their tensors differ."""
         try:
             yield
         except (RuntimeError, ValueError):
-            check_alike(average.module, self._teacher, self._buffers_follow)
+            check_alike(tracker.module, self._teacher, self._buffers_follow)
             raise
 
-    def _keep_up(self, pl_module: LightningModule) -> WeightAverage:
+    def _keep_up(self, pl_module: LightningModule) -> Tracker:
         """The engine for the networks as they are now: either one, or a part of the teacher, may have been replaced."""
-        average = self._require()
+        tracker = self._require()
         student, teacher = networks(pl_module)
-        if student is average.module and teacher is self._teacher and self._watched.holds():
-            return average
+        if student is tracker.module and teacher is self._teacher and self._watched.holds():
+            return tracker
         self._loaded = self.state_dict()
-        average = self._pair(pl_module)
-        self._go_on(average)
+        tracker = self._pair(pl_module)
+        self._go_on(tracker)
         if self._plan is not None:
-            average.bind(self._plan)
-        _check_trained(pl_module, average)
-        return average
+            tracker.bind(self._plan)
+        _check_trained(pl_module, tracker)
+        return tracker
 
-    def _pair(self, pl_module: LightningModule) -> WeightAverage:
+    def _pair(self, pl_module: LightningModule) -> Tracker:
         student, teacher = networks(pl_module)
         check_width(teacher)
         check_alike(student, teacher, self._buffers_follow)
         teacher.requires_grad_(False)
         self._average = _average(student, teacher, self._config)
         self._teacher, self._watched = teacher, Watched(teacher)
-        return self._average
+        return tracker_of(self._average)
 
     @property
     def _buffers_follow(self) -> bool:
         return self._config.buffers != "ignore"
 
     def _owns(self, optimizer: Optimizer) -> bool:
-        return self._average is not None and self._average.owns(optimizer)
+        return self._average is not None and tracker_of(self._average).owns(optimizer)
 
-    def _copy_buffers(self, average: WeightAverage) -> None:
+    def _copy_buffers(self, tracker: Tracker) -> None:
         if self._buffers_follow:
             with torch.no_grad():
-                copy_buffers(average.module, self._teacher, average)
+                copy_buffers(tracker.module, self._teacher, _names(tracker))
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self.absorb()  # into tensors that the file's state_dict refers to
+        self.follow()  # into tensors that the file's state_dict refers to
 
     def state_dict(self) -> dict[str, Any]:
-        self.absorb()
+        self.follow()
         if self._average is None:
             return {} if self._loaded is None else self._loaded
-        with self._in_words_of_teacher_and_student(self._average):
+        with self._in_words_of_teacher_and_student(tracker_of(self._average)):
             everything = self._average.state_dict()
         state = {name: value for name, value in everything.items() if name not in _OF_TENSORS}
-        names = [name for name, _ in self._average.named_tensors()]
-        return {**state, "names": names, "steps_before": self._steps_before, "pace": list(self._pace)}
+        names = _names(tracker_of(self._average))
+        return {**state, "names": names, **self._clock.state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = dict(state_dict) or None
-        if self._steps.held and self._average is not None:  # a tuner restores in the middle of a fit
-            self._go_on(self._average)
+        if self._clock.steps.held and self._average is not None:  # a tuner restores in the middle of a fit
+            self._go_on(tracker_of(self._average))
 
-    def _go_on(self, average: WeightAverage) -> None:
+    def _go_on(self, tracker: Tracker) -> None:
         """Goes on from the teacher's tensors as they are, with the counters of a file where there is one."""
         state, self._loaded = self._loaded, None
         if state is None:
-            names = [name for name, _ in average.named_tensors()]
-            state = {**average.state_dict(), "started": True, "start_step": 0, "names": names}
-        elif changed := changes(state, average.settings.describe()):
+            state = {**state_of(tracker), "started": True, "start_step": 0, "names": _names(tracker)}
+        elif changed := changes(state, tracker.settings.describe()):
             rank_zero_warn(f"MeanTeacher: {other_settings(changed)}")
-        self._steps_before = state.get("steps_before", 0)
-        self._pace = facts.Pace(*state.get("pace", ()))
+        self._clock.resume(state)
         tensors = Survey(self._teacher).tensors
         stored = {name: tensors[name] for name in state["names"] if name in tensors}
-        average.load_state_dict({**state, "average": stored})
+        take_up(tracker, {**state, "average": stored})
 
-    def _report(self, average: WeightAverage) -> None:
-        if average.num_updates > 0:
-            rank_zero_info(f"MeanTeacher: {average.report()}")
+    def _report(self, tracker: Tracker) -> None:
+        if tracker.num_updates > 0:
+            rank_zero_info(f"MeanTeacher: {report(facts_of(tracker, 0))}")
         else:
             rank_zero_warn(
-                f"MeanTeacher: the teacher was not updated in {average.num_steps} steps and is still what the student "
-                f"was at the start: every_n_steps={average.settings.every_n_steps} is longer than the run. Lower it."
+                f"MeanTeacher: the teacher was not updated in {tracker.num_steps} steps and is still what the student "
+                f"was at the start: every_n_steps={tracker.settings.every_n_steps} is longer than the run. Lower it."
             )
 
-    def _require(self) -> WeightAverage:
+    def _require(self) -> Tracker:
         if self._average is None:
             raise RuntimeError("the teacher is not kept yet: its callback's on_fit_start did not run.")
-        return self._average
+        return tracker_of(self._average)
 
 
 def _check_optimizers(trainer: Trainer, pl_module: LightningModule) -> None:
@@ -265,9 +266,9 @@ def _check_optimizers(trainer: Trainer, pl_module: LightningModule) -> None:
         )
 
 
-def _check_trained(pl_module: LightningModule, average: WeightAverage) -> None:
+def _check_trained(pl_module: LightningModule, tracker: Tracker) -> None:
     trainer = facts.trainer_of(pl_module)
-    if trainer is not None and trainer.optimizers and not any(map(average.owns, trainer.optimizers)):
+    if trainer is not None and trainer.optimizers and not any(map(tracker.owns, trainer.optimizers)):
         raise ValueError(
             "the student or its parameters were replaced in training, and no optimizer holds the new ones: neither it "
             "nor the teacher would move. Replace them before fit, or copy the values: "
@@ -284,13 +285,17 @@ def _check_recalibration(trainer: Trainer, teacher: nn.Module) -> None:
         )
 
 
+def _names(tracker: Tracker) -> list[str]:
+    """Of what is averaged."""
+    return [name for name, _ in tracker.named_live()]
+
+
 def _average(student: nn.Module, teacher: nn.Module, config: MeanTeacherConfig) -> WeightAverage:
     return WeightAverage(
         student,
         config.schedule,
         every_n_steps=config.every_n_steps,
         start_step=_NOT_STARTED,
-        decay_per=config.decay_per,
         buffers="average" if config.buffers == "average" else "copy",
         into=teacher,
     )

@@ -58,7 +58,7 @@ class MeanTeacherConfig:
 
     def __post_init__(self) -> None:
         settings = Settings.checked(
-            self.decay, self.every_n_steps, 0, self.decay_per, None, (), False, "average", None, None, False, "ignore"
+            self.decay, self.every_n_steps, 0, self.decay_per, None, (), False, "average", None, None, "ignore"
         )
         if len(settings.decays) > 1 or settings.decay.corrects:
             raise ValueError(

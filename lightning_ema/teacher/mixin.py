@@ -153,7 +153,7 @@ class MeanTeacherMixin(_Base):
         return [*([others] if isinstance(others, Callback) else others), self.teacher_callback]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.teacher_callback.absorb()  # for a weights-only file no hook of a callback is called
+        self.teacher_callback.follow()  # for a weights-only file no hook of a callback is called
         super().on_save_checkpoint(checkpoint)
 
     # --- prediction and validation ----------------------------------------------------------------------------------

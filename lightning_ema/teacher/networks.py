@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lightning_ema.averaging.weight_average import WeightAverage
 from lightning_ema.distributed.dtensor import same_cut
 from lightning_ema.modules.named_tensors import Survey, Table, without_wrappers
 
@@ -102,28 +101,26 @@ def check_alike(student: nn.Module, teacher: nn.Module, buffers: bool) -> None:
         )
 
 
-def copy_frozen(student: nn.Module, teacher: nn.Module, average: WeightAverage) -> None:
+def copy_frozen(student: nn.Module, teacher: nn.Module, averaged: Sequence[str]) -> None:
     """Copies the parameters that are not averaged."""
-    held = {name for name, _ in average.named_tensors()}
     tensors = Survey(teacher).tensors
     for name, tensor in Survey(student).tensors.items():
-        if name not in held and isinstance(tensor, nn.Parameter):
+        if name not in averaged and isinstance(tensor, nn.Parameter):
             tensors[name].copy_(tensor)
 
 
-def copy_buffers(student: nn.Module, teacher: nn.Module, average: WeightAverage) -> None:
+def copy_buffers(student: nn.Module, teacher: nn.Module, averaged: Sequence[str]) -> None:
     """Copies the buffers that are not averaged.
 
     Raises:
         ValueError: a buffer of the student was added, or changed its shape.
     """
-    held = {name for name, _ in average.named_tensors()}
     of_teacher = _named(teacher.named_buffers())
     for name, buffer in _named(student.named_buffers()).items():
         target = of_teacher.get(name)
         if target is None or target.shape != buffer.shape:
             check_alike(student, teacher, buffers=True)
-        elif name not in held:
+        elif name not in averaged:
             target.copy_(buffer)
 
 

@@ -20,9 +20,10 @@ class ModuleHook:
     ``own`` is the module's own hook, which ``around`` calls in its turn.
 
     It is the one public way to see a weights-only save, and a load before it happens. It holds the callback weakly
-    and acts only for the module it was hung on: a deep copy or a pickle of the module gets its class's own method back.
+    and acts only for the module it was installed on: a deep copy or a pickle of the module gets its class's own method
+    back.
 
-    Where somebody wrapped it, so that it hangs twice, ``around`` is called once.
+    Where somebody wrapped it, so that it is there twice, ``around`` is called once.
     """
 
     _running: ClassVar[set[Around]] = set()
@@ -48,8 +49,8 @@ class ModuleHook:
             self._running.discard(around)
 
     @classmethod
-    def hang(cls, module: LightningModule, name: str, around: Around) -> None:
-        """Hangs a hook on the module, unless it hangs there already, be it below others of this kind."""
+    def install(cls, module: LightningModule, name: str, around: Around) -> None:
+        """Installs a hook on the module, unless it is there already, be it below others of this kind."""
         hook = vars(module).get(name)
         while isinstance(hook, cls) and hook._around() != around:
             hook = hook._own
@@ -57,8 +58,8 @@ class ModuleHook:
             setattr(module, name, cls(module, name, around))
 
     @classmethod
-    def take_down(cls, module: nn.Module, name: str, around: Around) -> None:
-        """Takes the hook off again; what hung there before comes back."""
+    def remove(cls, module: nn.Module, name: str, around: Around) -> None:
+        """Removes the hook; what was there before comes back."""
         hook = vars(module).get(name)
         if not isinstance(hook, cls) or hook._around() != around:
             return

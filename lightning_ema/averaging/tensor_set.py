@@ -1,0 +1,340 @@
+"""One set of a module's tensors: which weights they hold, and the way back. Knows torch, not Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ema.averaging.pair import Pair
+from lightning_ema.averaging.swap import Averages, Swap
+from lightning_ema.distributed import dtensor
+from lightning_ema.distributed.partition import Reconcile
+from lightning_ema.modules.batchnorm import Statistics, estimate, statistics_of
+from lightning_ema.modules.named_tensors import Survey
+
+Batches = AbstractContextManager[Iterable[Any]]
+"""Training batches to estimate BatchNorm statistics from."""
+
+
+class Tracked(Protocol):
+    """What is asked of the averages of a set of tensors."""
+
+    num_updates: int
+    sync_buffers: Reconcile | None
+    collectives_off: bool
+
+    def pairs(self) -> Iterable[Pair]:
+        """All pairs, once an update under way is finished."""
+
+    def to_carry(self, place: int) -> Averages:
+        """What each pair is to carry of one of the averages."""
+
+    def reshard(self) -> None:
+        """Makes the module show its own tensors, where a forward pass left others in their place."""
+
+
+class Weights(Protocol):
+    """What is asked of the weights of the whole module."""
+
+    module: nn.Module
+    held: list[Held]
+
+    @property
+    def holds_file(self) -> bool:
+        """Whether the module holds the weights of a file that is evaluated after a fit."""
+
+    def held_anywhere(self) -> list[Held]:
+        """What tensors of this module and of others hold now."""
+
+
+@dataclass(eq=False)
+class Held:
+    """An average that a set of tensors holds, or is to hold again when what lies over it has ended.
+
+    Attributes:
+        tensors: the set.
+        place: of the average among those of the set.
+        swap: the swap and its way back.
+        applied: whether it stays until :meth:`TensorSet.restore`, and swaps may lie over it.
+        paused: whether its tensors carry their live values meanwhile.
+        over: what was paused for it.
+        live_statistics: BatchNorm statistics of the live weights, where the average carries statistics of its own.
+        carried_statistics: those of the average, while it is paused.
+    """
+
+    tensors: TensorSet
+    place: int
+    swap: Swap
+    applied: bool
+    paused: bool = False
+    over: list[Held] = field(default_factory=list)
+    live_statistics: Statistics = field(default_factory=dict)
+    carried_statistics: Statistics = field(default_factory=dict)
+
+
+class TensorSet:
+    """The tensors that the averages of one tracker cover: which weights they hold, and the way back.
+
+    Attributes:
+        evaluated_by: the name of the callback whose evaluations and files are given an average; empty where none are.
+        selected: the place of the average that they are given.
+        estimates: BatchNorm statistics estimated for each average, where they are; else empty.
+        left: whether a fit has ended, and none has begun since.
+        over: whether its averages are to be dropped, because the module's weights are others' now.
+    """
+
+    def __init__(self, weights: Weights, tracked: Tracked, averages: int) -> None:
+        self.weights = weights
+        self.evaluated_by = ""
+        self.selected = 0
+        self.estimates: list[Estimate] = []
+        self.left = self.over = False
+        self._tracked = tracked
+        self._averages = averages
+
+    # --- what it holds ------------------------------------------------------------------------------------------------
+
+    @property
+    def gives_average(self) -> bool:
+        """Whether evaluations and files are to see an average at present, rather than what is in the module."""
+        return bool(self.evaluated_by) and self._tracked.num_updates > 0 and not self.weights.holds_file
+
+    @property
+    def wants_average(self) -> bool:
+        """Whether an evaluation or a file is to be given an average that the module does not carry already."""
+        return self.gives_average and self.carried != self.selected
+
+    @property
+    def carried(self) -> int | None:
+        """The place of the average that the tensors hold now; None for their live weights."""
+        held = self._top()
+        return None if held is None else held.place
+
+    def carried_average_of(self, pair: Pair, place: int) -> Tensor | None:
+        """Where one of the averages is to be found if the tensors carry it; None where they do not."""
+        held = self._top() if self.weights.held else None
+        return held.swap.average_of(pair.name) if held is not None and held.place == place else None
+
+    def refuse_during_swap(self, what: str) -> None:
+        """Refuse to do what would go wrong while the tensors carry an average.
+
+        Raises:
+            RuntimeError: naming what to call first.
+        """
+        for held in self._met():
+            way_back = "restore()" if held.applied else "swap_out()"
+            state = "holds the average since apply(keep=True)" if held.applied else "carries an average"
+            raise RuntimeError(f"{what} while the module {state}. Call {way_back} first.")
+
+    def live_statistics(self) -> Statistics:
+        """The BatchNorm statistics of the live weights while an average carries others; else empty."""
+        held = self._top()
+        return {} if held is None else held.live_statistics
+
+    # --- swap in, swap out --------------------------------------------------------------------------------------------
+
+    def swap_in(self, place: int, copy: bool = False, batches: Batches | None = None) -> None:
+        """Lets the tensors carry one of the averages until :meth:`swap_out`. What they carry already stays.
+
+        Args:
+            place: of the average.
+            copy: carry copies, also of what the tensors carry already.
+            batches: to estimate its BatchNorm statistics from, where that is asked for and not done yet.
+
+        Raises:
+            RuntimeError: they, or some of them, carry another average.
+        """
+        if self.carried == place and not copy:
+            return
+        for held in self._met():
+            if not held.applied and (held.tensors is not self or held.place != place):
+                raise RuntimeError(
+                    "swap_in() of an average while the module carries another one of the same tensors. Call swap_out() "
+                    "on that one first."
+                )
+        self._hold(place, copy, applied=False, batches=batches)
+
+    def swap_out(self) -> None:
+        """Ends the swap, whoever began it. Without one it does nothing.
+
+        Raises:
+            RuntimeError: something wrote to a parameter meanwhile, and so into the average. The live weights are back
+                nevertheless.
+        """
+        held = self._top()
+        if held is None or held.applied:
+            return
+        if written := self._let_go(held):
+            raise RuntimeError(
+                f"{', '.join(written[:4])}{', ...' if len(written) > 4 else ''}: written to while the module carried "
+                "the average, so the average itself was changed (test-time adaptation? an optimizer that rewrites "
+                "weights for evaluation?). The live weights are back and untouched. To let an evaluation write, carry "
+                "a copy, WeightAverage.swapped(copy=True); in a Trainer use EMACallback(evaluate='live')."
+            )
+
+    @contextmanager
+    def swapped(self, place: int, copy: bool = False, batches: Batches | None = None) -> Iterator[None]:
+        """A swap for the length of a block; one that is under way already is left to its owner."""
+        before = self._top()
+        try:
+            self.swap_in(place, copy, batches)
+            yield
+        finally:
+            if self._top() is not before:
+                self.swap_out()
+
+    @contextmanager
+    def as_evaluated(self, batches: Batches | None) -> Iterator[None]:
+        """Inside this block the tensors carry what evaluations and files are given."""
+        with self.instead(self.selected, batches) if self.wants_average else nullcontext():
+            yield
+
+    @contextmanager
+    def instead(self, place: int | None, batches: Batches | None = None) -> Iterator[None]:
+        """Inside this block the tensors carry one of the averages, or None: their live weights.
+
+        Until the first update they carry their live weights, whichever is asked for. Afterwards they carry again what
+        they did before, and all that was written to it, also on errors and without asking another process.
+        """
+        below = [held for held in self.weights.held if held.tensors is self and not held.paused]
+        try:
+            for held in reversed(below):
+                _pause(held)
+            live = place is None or self._tracked.num_updates == 0
+            with (
+                nullcontext()
+                if place is None or self._tracked.num_updates == 0
+                else self.swapped(place, False, batches)
+            ):
+                yield
+        finally:
+            for held in below:
+                _resume(held)
+
+    # --- apply, restore -----------------------------------------------------------------------------------------------
+
+    def apply(self, place: int) -> None:
+        """Writes an average into the module's own storage, and keeps the live weights aside for :meth:`restore`.
+
+        Contents change places, so that this needs no memory where average and module are of one dtype.
+
+        Raises:
+            RuntimeError: the tensors carry another average.
+        """
+        if self.carried == place:
+            return
+        self.refuse_during_swap("apply(keep=True)")
+        self._hold(place, copy=False, applied=True)
+
+    def restore(self) -> None:
+        """Brings the live weights back after :meth:`apply`; without it it does nothing.
+
+        Raises:
+            RuntimeError: an average is swapped in meanwhile.
+        """
+        for held in [held for held in self.weights.held if held.tensors is self and held.applied]:
+            if held.paused:
+                raise RuntimeError("restore() while the module carries an average. Call swap_out() first.")
+            self._let_go(held)
+
+    def apply_for_good(self, place: int) -> None:
+        """Writes an average into the module; the live weights are lost."""
+        self.refuse_during_swap("apply()")
+        with torch.no_grad():
+            for pair, average in self._tracked.to_carry(place):
+                pair.live.copy_(average)
+
+    # --- the steps of the above ---------------------------------------------------------------------------------------
+
+    def _top(self) -> Held | None:
+        return next((h for h in reversed(self.weights.held) if h.tensors is self and not h.paused), None)
+
+    def meets(self, other: TensorSet) -> bool:
+        """Whether some tensor belongs to both."""
+        own = {id(pair.live) for pair in self._tracked.pairs()}
+        return any(id(pair.live) in own for pair in other._tracked.pairs())
+
+    def _met(self) -> list[Held]:
+        """The averages that some of the tensors hold now, those of this set and of others, also of other modules."""
+        return [held for held in self.weights.held_anywhere() if held.tensors is self or self.meets(held.tensors)]
+
+    def _hold(self, place: int, copy: bool, applied: bool, batches: Batches | None = None) -> None:
+        tracked = self._tracked
+        sync = None if tracked.collectives_off else tracked.sync_buffers
+        below = self._met()
+        held = Held(self, place, Swap(tracked.to_carry(place), copy, applied, tracked.reshard, sync), applied)
+        self.weights.held.append(held)  # noted first, so that an interruption finds it
+        try:
+            for other in reversed(below):
+                held.over.append(other)
+                _pause(other)
+            held.swap.begin()
+            self._put_statistics_in(held, batches)
+        except BaseException:
+            self._let_go(held)
+            raise
+
+    def _let_go(self, held: Held) -> list[str]:
+        write(held.live_statistics, self.weights.module)
+        held.live_statistics = {}
+        written = held.swap.end()
+        for other in reversed(held.over):
+            _resume(other)
+        if held in self.weights.held:
+            self.weights.held.remove(held)
+        return written
+
+    def _put_statistics_in(self, held: Held, batches: Batches | None) -> None:
+        if not self.estimates:
+            return
+        module, updates = self.weights.module, self._tracked.num_updates
+        held.live_statistics = {name: tensor.clone() for name, tensor in statistics_of(module).items()}
+        current = self.estimates[held.place]
+        if batches is not None and current.made_at != updates:
+            with batches as inputs:
+                estimated = estimate(module, inputs, together=self._tracked.sync_buffers is not None)
+            self.estimates[held.place] = Estimate(updates, estimated)
+        else:
+            write(current.statistics, module)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """BatchNorm statistics that belong to an average.
+
+    Attributes:
+        made_at: the number of updates for which they were estimated; -1 before the first.
+        statistics: by name.
+    """
+
+    made_at: int = -1
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def _pause(held: Held) -> None:
+    held.paused = True
+    held.swap.pause()
+    if held.live_statistics and not held.carried_statistics:
+        module = held.tensors.weights.module
+        held.carried_statistics = {name: tensor.clone() for name, tensor in statistics_of(module).items()}
+        write(held.live_statistics, module)
+
+
+def _resume(held: Held) -> None:
+    held.swap.resume()
+    write(held.carried_statistics, held.tensors.weights.module)
+    held.carried_statistics, held.paused = {}, False
+
+
+def write(values: Mapping[str, Tensor], module: nn.Module) -> None:
+    """Writes tensors into a module's own, by name."""
+    if values:
+        tensors = Survey(module).tensors
+        with torch.inference_mode(False), torch.no_grad():
+            for name, value in values.items():
+                dtensor.write(tensors[name], value)

@@ -1,0 +1,202 @@
+"""What a callback puts into checkpoints and takes out of them. ``state_dict`` of every file is the average."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lightning_ema.averaging.swap import lasting
+from lightning_ema.averaging.tensor_set import Estimate, write
+from lightning_ema.callback import sharded_files
+from lightning_ema.callback.holder import Holder
+from lightning_ema.callback.messages import adopted, not_returned, other_settings, resumed, save_needs_all
+from lightning_ema.checkpoint.entry import changes, find, foreign, pack, state_key, unpack
+from lightning_ema.evaluation.passes import Passes
+from lightning_ema.modules.batchnorm import statistics_of
+from lightning_ema.modules.named_tensors import Survey
+from lightning_ema.trainer import facts
+from lightning_ema.trainer.checkpoint_hook import Hook, ModuleHook
+
+
+class Checkpointing:
+    """The part of an average's holder that lies in checkpoints.
+
+    Args:
+        callback: whose average it is.
+        holder: of the average.
+        passes: which count the selections among averages.
+    """
+
+    def __init__(self, callback: Callback, holder: Holder, passes: Passes) -> None:
+        self._callback = callback
+        self._holder = holder
+        self._passes = passes
+        self._key = state_key(holder.settings.name)
+        holder.before_forget = self.let_go
+
+    def take_hold(self) -> None:
+        """Stands in the module's own checkpoint hooks, again where it was displaced."""
+        module = cast(LightningModule, self._holder.require().module)
+        ModuleHook.install(module, "on_save_checkpoint", self._around_save)
+        ModuleHook.install(module, "on_load_checkpoint", self._around_load)
+
+    def let_go(self) -> None:
+        """Leaves the module's hooks as they were."""
+        if self._holder.tracker is not None:
+            module = self._holder.tracker.module
+            ModuleHook.remove(module, "on_save_checkpoint", self._around_save)
+            ModuleHook.remove(module, "on_load_checkpoint", self._around_load)
+
+    # --- saving -------------------------------------------------------------------------------------------------------
+
+    def entry(self) -> dict[str, Any]:
+        """The callback's entry in a checkpoint; empty where there is no average."""
+        holder = self._holder
+        tracker = holder.tracker
+        if tracker is None:
+            return {}
+        trainer = facts.trainer_of(tracker.module)
+        if trainer is not None:
+            holder.check_processes(trainer)
+        holds = tracker.holds
+        state = holder.average.state_dict() if holder.average is not None else {}  # looks for replaced layers first
+        live = dict(tracker.named_live()) if holds.gives_average else dict(tracker.weights.stored)
+        if holds.gives_average and holds.estimates:
+            live |= holds.live_statistics() or statistics_of(tracker.module)
+        in_state_dict = holds.gives_average and holds.selected == 0 and not tracker.schedules[0].corrects
+        entry = pack(state, live, Survey(tracker.module).tensors, in_state_dict)
+        entry |= {"chosen": holds.selected, "choices": self._passes.num_selections, **holder.clock.state()}
+        with suppress(ValueError):  # a schedule that does not know the run yet
+            entry["decay"] = tracker.decay(0)
+        if holds.estimates:
+            first, *others = holds.estimates
+            entry["recalibrated_at"] = first.made_at
+            entry["recalibrated"] = [{"at": each.made_at, "statistics": dict(each.statistics)} for each in others]
+        return {**entry, "config": holder.settings.describe()}
+
+    def save(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint is put together: its ``state_dict`` becomes the average's."""
+        tracker = self._holder.tracker
+        if tracker is not None and tracker.module is not pl_module:
+            checkpoint.get("callbacks", {}).pop(self._key, None)
+        elif tracker is not None:
+            self.take_hold()
+            self._put_average(trainer, checkpoint)
+        elif facts.spawns(trainer) and facts.is_fitting(trainer):
+            self._holder.warn(not_returned())
+
+    def _around_save(self, pl_module: LightningModule, checkpoint: dict[str, Any], own: Hook) -> None:
+        """The module's own hook runs on the average too; what it leaves out of ``state_dict`` goes into our entry."""
+        holder, trainer = self._holder, facts.trainer_of(pl_module)
+        holder.update()
+        tracker = holder.of(pl_module)
+        if trainer is None or tracker is None or self._callback not in facts.callbacks(trainer):
+            own(checkpoint)
+            return
+        entry = checkpoint.get("callbacks", {}).get(self._key)
+        if not tracker.holds.gives_average:
+            own(checkpoint)
+        else:
+            if "callbacks" not in checkpoint:  # a weights-only save: no hook of a callback is called for it
+                self._put_average(trainer, checkpoint)
+            missing: list[str] = []
+            with tracker.weights.as_evaluated(tracker.holds, holder.batches(trainer)):
+                own(checkpoint)
+                if entry is not None:
+                    not_held = tracker.not_held_by(checkpoint.get("state_dict", {}), place=0)
+                    missing = [name for name in not_held if name not in entry["average"]]
+                if "state_dict" in checkpoint:
+                    checkpoint["state_dict"] = lasting(checkpoint["state_dict"], tracker.weights.returning())
+            if entry is not None:  # not during the swap, in which averages may lie in the module's own storage
+                names = sharded_files.agreed(trainer, tracker, missing)
+                if names:
+                    entry["average"].update((name, t) for name, t in tracker.named_tensors(0) if name in names)
+        if entry is not None and tracker.sharded:
+            sharded_files.store(trainer, checkpoint, entry)
+
+    def _put_average(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+        """Makes ``checkpoint["state_dict"]`` that of the module carrying the average, where it is not already."""
+        holder, tracker = self._holder, self._holder.require()
+        if tracker.sharded and facts.is_interrupted(trainer):
+            raise RuntimeError(save_needs_all())
+        holder.check_processes(trainer)
+        if tracker.holds.wants_average:
+            del checkpoint["state_dict"]  # before a second one is gathered
+            with tracker.weights.as_evaluated(tracker.holds, holder.batches(trainer)):
+                taken = trainer.strategy.lightning_module_state_dict()
+                checkpoint["state_dict"] = lasting(taken, tracker.weights.returning())
+
+    # --- loading ------------------------------------------------------------------------------------------------------
+
+    def load(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> bool:
+        """A checkpoint is read, whose ``state_dict`` the module has already; gives whether an average was taken up."""
+        holder = self._holder
+        if not facts.is_fitting(trainer):
+            sharded_files.check(trainer, checkpoint, checkpoint.get("callbacks", {}).get(self._key))
+            return False
+        holder.forget()
+        entry, others = find(checkpoint, self._key), foreign(checkpoint)
+        if entry is not None:
+            sharded_files.fetch(trainer, pl_module, checkpoint, entry)
+        if entry is None and others is None:
+            holder.say("the checkpoint holds no average; it starts from its weights.")
+            if not holder.clock.steps.held:
+                return False  # it is built where every other average is, in on_fit_start
+        holder.build(trainer, pl_module)
+        tracker = holder.require()
+        if entry is not None:
+            self._resume(entry)
+            if changed := changes(entry, holder.settings.describe()):
+                holder.warn(other_settings(changed))
+            holder.say(resumed(tracker.num_steps, tracker.num_updates))
+        elif others is not None:
+            self._adopt(*others)
+            holder.say(adopted(tracker.num_steps, tracker.num_updates))
+        self.take_hold()
+        if holder.clock.steps.held:
+            holder.go_on()
+        return True
+
+    def _around_load(self, pl_module: LightningModule, checkpoint: dict[str, Any], own: Hook) -> None:
+        """A file is about to be loaded for an evaluation: what the last fit left is stored."""
+        trainer = facts.trainer_of(pl_module)
+        self._holder.drop_if_over()
+        tracker = self._holder.of(pl_module)
+        if trainer is not None and tracker is not None and not facts.is_fitting(trainer):
+            tracker.weights.store()
+        own(checkpoint)
+
+    def _resume(self, entry: dict[str, Any]) -> None:
+        holder, tracker = self._holder, self._holder.require()
+        state, live = unpack(entry, Survey(tracker.module).tensors)
+        if holder.average is not None:
+            holder.average.load_state_dict(state)
+        holder.clock.resume(entry)
+        if holder.settings.evaluation.select is not None:
+            tracker.holds.selected, self._passes.num_selections = entry.get("chosen", 0), entry.get("choices", 0)
+        if tracker.holds.estimates and "recalibrated_at" in entry:
+            of_file = {name: tensor.clone() for name, tensor in statistics_of(tracker.module).items()}
+            others = [Estimate(each["at"], _cloned(each["statistics"])) for each in entry.get("recalibrated", ())]
+            known = [Estimate(entry["recalibrated_at"], of_file), *others]
+            tracker.holds.estimates[: len(known)] = known
+        write(live, tracker.module)
+
+    def _adopt(self, steps: int, updates: int, live: dict[str, Tensor]) -> None:
+        """Takes up an average of Lightning's ``WeightAveraging``; one without an update is none yet."""
+        average, tracker = self._holder.average, self._holder.require()
+        if updates > 0 and average is not None:
+            counters = {"num_steps": steps, "num_updates": updates, "last_update_step": steps}
+            began = {"started": True, "start_step": 0}  # also where this callback's own start would come later
+            loaded = dict(tracker.named_live())  # the file's average
+            averages = {"average": loaded, "others": [loaded for _ in tracker.schedules[1:]], "origin": loaded}
+            average.load_state_dict({**average.state_dict(), **counters, **began, **averages})
+        tracker.module.load_state_dict(live, strict=False)
+        if updates == 0 and tracker.started:
+            tracker.start()
+
+
+def _cloned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}

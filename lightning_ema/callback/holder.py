@@ -1,0 +1,209 @@
+"""The average of a callback from one fit to the next: when it is built, updated and given up."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lightning_ema.averaging.tensor_set import Batches, Estimate
+from lightning_ema.averaging.tracker import Tracker
+from lightning_ema.averaging.weight_average import WeightAverage, tracker_of
+from lightning_ema.callback.messages import partitioned_among_others, still_rising, too_long
+from lightning_ema.callback.settings import CallbackSettings
+from lightning_ema.posthoc.snapshots import Snapshots, take
+from lightning_ema.schedules.basic import Plan
+from lightning_ema.trainer import facts, training_batches
+from lightning_ema.trainer.clock import Clock
+
+NOT_YET = sys.maxsize
+"""The start step of an average that waits for an epoch; the start of training or of an epoch sets the real one."""
+
+
+class Holder:
+    """Holds the average of a callback, with the steps that it has not taken up yet.
+
+    Attributes:
+        settings: of the callback.
+        average: the average; None until training starts.
+        tracker: its engine; None like it.
+        clock: of the run.
+        snapshots: what is written of it in this fit.
+        stepped: whether it took up steps in this batch.
+        before_forget: what is to be done before it is given up.
+    """
+
+    def __init__(self, settings: CallbackSettings) -> None:
+        self.settings = settings
+        self.average: WeightAverage | None = None
+        self.tracker: Tracker | None = None
+        self.clock = Clock()
+        self.snapshots: Snapshots | None = None
+        self.stepped = False
+        self.before_forget: Callable[[], None] | None = None
+        self._plan = Plan()
+        self._said_skips = False
+
+    # --- there and gone -----------------------------------------------------------------------------------------------
+
+    def build(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Builds an average of the module as it is."""
+        settings = self.settings
+        arguments = settings.arguments(getattr(pl_module, "left_out_of_averages", ()))
+        if settings.start_epoch > 0:
+            arguments["start_step"] = NOT_YET
+        self.average = WeightAverage(pl_module, **arguments, shard=settings.shard and trainer.world_size > 1)
+        self.tracker = tracker_of(self.average)
+        self.tracker.holds.evaluated_by = settings.name if settings.evaluation.gives_average else ""
+        if settings.recalibrate is not None:
+            self.tracker.holds.estimates = [Estimate() for _ in settings.average.decays]
+
+    def steps_since_start(self) -> int:
+        """Steps since the average started, those of this batch included."""
+        tracker = self.require()
+        return max(0, tracker.num_steps - tracker.start_step)
+
+    def count(self) -> None:
+        """Counts the steps of the optimizers that train what is averaged, from here on."""
+        self.clock.steps.hold(self.require().owns)
+
+    def drop_if_over(self) -> None:
+        """After a fit, a module whose weights were loaded or edited since is the user's, and the average is over."""
+        if self.tracker is None:
+            return
+        self.tracker.weights.notice_edits()
+        if self.tracker.holds.over:
+            self.say(
+                "the module's weights were changed since the end of fit. They count from here; the average and the "
+                "live weights of that fit are dropped."
+            )
+            self.forget()
+
+    def forget(self) -> None:
+        """Gives the average up."""
+        if self.tracker is not None and self.before_forget is not None:
+            self.before_forget()
+        self.average = self.tracker = None
+        self.clock.resume({})
+        self._said_skips = False
+
+    def of(self, pl_module: LightningModule) -> Tracker | None:
+        """The engine, where there is one of this very module."""
+        return self.tracker if self.tracker is not None and self.tracker.module is pl_module else None
+
+    def require(self) -> Tracker:
+        """The engine.
+
+        Raises:
+            RuntimeError: there is none yet.
+        """
+        if self.tracker is None:
+            raise RuntimeError(
+                f"EMACallback {self.settings.name!r} has no average yet: it is built in on_fit_start, which did not "
+                "run."
+            )
+        return self.tracker
+
+    # --- a run --------------------------------------------------------------------------------------------------------
+
+    def begin(self, trainer: Trainer) -> None:
+        """Training begins: schedules and start learn the length of the run."""
+        tracker, settings = self.require(), self.settings
+        plan = self.clock.begin(trainer, tracker.num_steps)
+        start = tracker.start_step
+        if not tracker.started:
+            start = max(settings.average.start_step, self._start_of_run(plan))
+        self._plan = plan.after(start)
+        tracker.bind(self._plan)
+        if isinstance(settings.start_epoch, float) and settings.start_epoch > 0 and not tracker.started:
+            tracker.start_at(start)
+        self.start_with_epoch(trainer)
+        if self._plan.total_steps is not None:
+            self._advise(self._plan.total_steps)
+
+    def start_with_epoch(self, trainer: Trainer) -> None:
+        """An epoch begins: the average starts where it has waited for this one."""
+        tracker = self.require()
+        waits = not tracker.started and tracker.start_step == NOT_YET
+        if waits and trainer.current_epoch >= self.settings.start_epoch:
+            tracker.start_at(max(self.settings.average.start_step, tracker.num_steps))
+
+    def go_on(self) -> None:
+        """A file was loaded in the middle of a fit, as tuners do."""
+        self.count()
+        self.require().bind(self._plan)
+
+    def update(self) -> None:
+        """Takes up the steps since the last time."""
+        tracker, steps = self.tracker, self.clock.steps.take()
+        if tracker is None or not steps:
+            return
+        tracker.step(steps)
+        self.stepped = True
+        if self.snapshots is not None and self.average is not None:
+            take(self.snapshots, self.average.averages)
+        if tracker.num_skipped and not self._said_skips:
+            self._said_skips = True
+            self.warn(
+                f"the live weights are not finite at step {tracker.num_steps}; this update is left out, and so will be "
+                "all further ones like it. The report after fit counts them."
+            )
+
+    def update_alone(self) -> None:
+        """The same after an exception, where that waits for no other process.
+
+        Of sharded tensors all processes must say if they are finite, and write a snapshot.
+        """
+        waits = self.settings.average.on_nonfinite != "ignore" or self.snapshots is not None
+        if not (waits and self.tracker is not None and self.tracker.sharded):
+            self.update()
+
+    def check_processes(self, trainer: Trainer) -> None:
+        """Says what the processes of this trainer do together in a swap.
+
+        Raises:
+            RuntimeError: the average is partitioned among another number of them.
+        """
+        tracker = self.require()
+        if tracker.processes > 1 and tracker.processes != trainer.world_size:
+            raise RuntimeError(partitioned_among_others(tracker.processes, trainer.world_size))
+        tracker.sync_buffers = facts.reconcile(trainer)
+
+    def batches(self, trainer: Trainer) -> Batches | None:
+        """Training batches to recalibrate from; None outside a fit that is running as it should."""
+        running = facts.is_fitting(trainer) and trainer.state.status == "running"
+        recalibrate = self.settings.recalibrate
+        return training_batches.taken(trainer, recalibrate.batches) if recalibrate is not None and running else None
+
+    # --- what it says -------------------------------------------------------------------------------------------------
+
+    def say(self, text: str) -> None:
+        """A line in the log."""
+        rank_zero_info(f"EMACallback {self.settings.name!r}: {text}")
+
+    def warn(self, text: str) -> None:
+        """A warning."""
+        rank_zero_warn(f"EMACallback {self.settings.name!r}: {text}")
+
+    def _start_of_run(self, plan: Plan) -> int:
+        """The step that ``start_epoch`` means, as far as the plan tells: an epoch's length, or a share of the run."""
+        start_epoch = self.settings.start_epoch
+        if not isinstance(start_epoch, float) or start_epoch == 0:
+            return int(start_epoch * (plan.steps_per_epoch or 0))
+        if plan.total_steps is None:
+            raise ValueError(
+                f"start_epoch={start_epoch} is a share of the run's steps, and their number is not known here. Write a "
+                "whole number of epochs, or start_step."
+            )
+        before = self.clock.steps_before
+        return before + math.ceil(start_epoch * (plan.total_steps - before))
+
+    def _advise(self, total_steps: int) -> None:
+        for schedule in self.require().schedules:
+            if warning := too_long(schedule, total_steps):
+                self.warn(warning)
+            if remark := still_rising(schedule, total_steps):
+                self.say(remark)

@@ -1,0 +1,41 @@
+"""The time of a run as its averages see it: the steps taken, and the length that is left."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from lightning_ema.schedules.basic import Plan
+from lightning_ema.trainer import facts
+from lightning_ema.trainer.facts import Pace
+from lightning_ema.trainer.step_counter import StepCounter
+
+
+class Clock:
+    """Counts the steps of a run, and knows its length.
+
+    Attributes:
+        steps: counts those that optimizers take.
+        steps_before: steps that the average had seen when the present trainer began; the run's length comes on top.
+    """
+
+    def __init__(self) -> None:
+        self.steps = StepCounter()
+        self.steps_before = 0
+        self._pace = Pace()
+
+    def begin(self, trainer: Trainer, num_steps: int) -> Plan:
+        """Training begins, or goes on, with an average that has seen so many steps; gives the plan from its first."""
+        if facts.begins(trainer):
+            self.steps_before, self._pace = num_steps, Pace()
+        self._pace = facts.pace(trainer, self._pace, num_steps - self.steps_before)
+        return facts.plan(trainer, self._pace).after(-self.steps_before)
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs to know."""
+        return {"steps_before": self.steps_before, "pace": list(self._pace)}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Goes on from a state made by :meth:`state`."""
+        self.steps_before, self._pace = state.get("steps_before", 0), Pace(*state.get("pace", ()))
