@@ -3,19 +3,24 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-oldest test-peers lint docs docs-serve reproduce evidence bench bench-distributed gallery clean
+.PHONY: help setup demo test test-oldest test-peers lint docs docs-serve reproduce evidence bench bench-distributed gallery check-pins clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+
+# Every package is pinned by constraints*.txt. These do not reach isolated builds: the back ends that builds need are
+# pinned there too, and installed first.
+INSTALL := pip install --quiet --disable-pip-version-check --no-build-isolation
+BACK_ENDS := editables hatchling setuptools
 
 setup: $(VENV)/ready  ## create .venv and install the pinned dependencies
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (a minute or two)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,lint]"
+	@$(BIN)/$(INSTALL) -c constraints.txt $(BACK_ENDS)
+	@$(BIN)/$(INSTALL) -c constraints.txt -e ".[test,lint]"
 	@touch $@
 
 demo: setup  ## train on 3,000 noisy digits and compare live and averaged weights (about 2 minutes)
@@ -46,7 +51,7 @@ docs-serve: $(VENV)/docs  ## show the site at http://127.0.0.1:8000 while you wr
 	@$(MKDOCS) serve
 
 $(VENV)/docs: $(VENV)/ready
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	@$(BIN)/$(INSTALL) -c constraints.txt -e ".[docs]"
 	@touch $@
 
 OLDEST := .venv-oldest
@@ -57,28 +62,29 @@ test-oldest: $(OLDEST)/ready  ## run the tests against the oldest supported Ligh
 
 $(OLDEST)/ready: pyproject.toml constraints.txt constraints-oldest.txt
 	@$(PYTHON) -m venv $(OLDEST)
-	@$(OLDEST)/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt torch
-	@$(OLDEST)/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[test]"
+	@$(OLDEST)/bin/$(INSTALL) -c constraints-oldest.txt $(BACK_ENDS)
+	@$(OLDEST)/bin/$(INSTALL) -c constraints-oldest.txt -e ".[test]"
 	@touch $@
 
 # without their dependencies: these would bring torchvision, opencv and another torch
 PEERS := accelerate diffusers einops ema-pytorch mmcv-lite mmdet mmengine nemo_toolkit peft stable-diffusion-sdkit \
 	timm tokenizers torch-ema transformers ultralytics yolov5
-# mmdetection 2 in a folder of its own, since its packages have the names of mmdetection 3's; its mmcv is built there,
-# by a setuptools that still has pkg_resources
-MMDET2 := mmcv==1.7.2 mmdet==2.28.2
-ALONE := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-compile --upgrade
+# mmdetection 2 in a folder of its own, since its packages have the names of mmdetection 3's; its mmcv is built, which
+# takes a setuptools that still has pkg_resources
+MMDET2 := mmcv mmdet
 PEERS_IMPORT := addict huggingface_hub importlib_metadata psutil regex requests rich termcolor yapf
 test-peers: $(VENV)/peers  ## run recipes, imports and adapters against the systems themselves (mmdet, timm, YOLO, ...)
 	@REQUIRE_PEERS=1 $(BIN)/python -m pytest -q tests/parity
 
-$(VENV)/peers: $(VENV)/ready
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(PEERS_IMPORT)
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --no-compile $(PEERS)
-	@$(ALONE) --target $(VENV)/mmdet2-build setuptools==80.9.0
-	@PYTHONPATH=$(VENV)/mmdet2-build $(ALONE) --target $(VENV)/mmdet2 --no-build-isolation $(MMDET2)
-	@rm -r $(VENV)/mmdet2-build
+$(VENV)/peers: $(VENV)/ready constraints-mmdet2.txt
+	@$(BIN)/$(INSTALL) -c constraints.txt $(PEERS_IMPORT)
+	@$(BIN)/$(INSTALL) -c constraints.txt --no-deps --no-compile $(PEERS)
+	@rm -rf $(VENV)/mmdet2
+	@$(BIN)/$(INSTALL) -c constraints-mmdet2.txt --no-deps --no-compile --target $(VENV)/mmdet2 $(MMDET2)
 	@touch $@
+
+check-pins: setup  ## name what is installed in the environments and pinned in no constraints file
+	@$(BIN)/python .ci/check_pins.py
 
 bench: setup  ## print what averaging costs, beside what other systems cost (10 minutes; test-peers installs them)
 	@$(BIN)/python -W ignore benchmarks/bench.py

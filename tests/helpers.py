@@ -10,6 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ema import EMACallback
+from lightning_ema.averaging.weight_average import place_of, tracker_of
+from lightning_ema.callback.ema_callback import holder_of
 
 BATCHES = 6
 EMAWeightAveraging = getattr(lightning.pytorch.callbacks, "EMAWeightAveraging", None)
@@ -114,3 +116,20 @@ def equal(first, second):
 
 def ema(**kwargs):
     return EMACallback(**{"decay": 0.9, **kwargs})
+
+
+def engine(average):
+    """What is behind an average, for tests of what callbacks use of it."""
+    return tracker_of(average)
+
+
+def history_of(average):
+    return tracker_of(average).histories[place_of(average)]
+
+
+def schedule_of(average):
+    return tracker_of(average).schedules[place_of(average)]
+
+
+def settings_of(callback):
+    return holder_of(callback).settings.average
