@@ -22,12 +22,6 @@ from lightning_ema.schedules.basic import (
 from lightning_ema.schedules.composed import Bema, CopyFirst, Debiased, Equal, Power, Scaled, Shifted, Then
 from lightning_ema.semi_supervised import losses as consistency
 from lightning_ema.semi_supervised.datamodule import SemiSupervisedDataModule
-from lightning_ema.semi_supervised.metrics import (
-    PseudoLabelAcceptance,
-    PseudoLabelAccuracy,
-    RelativeWeightDistance,
-    TeacherStudentAgreement,
-)
 from lightning_ema.semi_supervised.splits import split_by_class
 from lightning_ema.semi_supervised.views import PerSample, Views
 from lightning_ema.teacher.config import MeanTeacherConfig
@@ -53,17 +47,13 @@ __all__ = [
     "PerSample",
     "Plan",
     "Power",
-    "PseudoLabelAcceptance",
-    "PseudoLabelAccuracy",
     "Ramp",
-    "RelativeWeightDistance",
     "Scaled",
     "Schedule",
     "SemiSupervisedDataModule",
     "Shifted",
     "Snapshots",
     "Synthesis",
-    "TeacherStudentAgreement",
     "Then",
     "Views",
     "Warmup",
