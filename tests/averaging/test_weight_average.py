@@ -502,17 +502,3 @@ def test_half_precision_tensors_that_are_replaced_at_each_step():
         live = {"weight": torch.full((1, 2), 2.0 * step), "count": torch.full((3,), float(step))}
         expected = {name: (value + live[name]) / 2 for name, value in expected.items()}
         assert all(torch.equal(tensor, expected[name]) for name, tensor in average.named_tensors())
-
-
-def test_the_distance_from_a_part_of_the_elements():
-    net = nn.Linear(256, 256, bias=False)
-    with torch.no_grad():
-        net.weight.fill_(1.0)
-    average = WeightAverage(net, Constant(0.5))
-    with torch.no_grad():
-        net.weight.fill_(3.0)
-    average.step()  # the average is 2 everywhere
-    assert average.distance(share=1 / 8) == pytest.approx(1 / 3)
-    for share in (0, 1.5, -1):
-        with pytest.raises(ValueError, match=r"it is the part of the elements to look at, in \(0, 1\]"):
-            average.distance(share=share)
