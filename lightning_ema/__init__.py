@@ -7,19 +7,25 @@ from lightning_ema.callback.ema_callback import EMACallback
 from lightning_ema.interop.export import export_average
 from lightning_ema.posthoc.snapshots import Snapshots
 from lightning_ema.posthoc.synthesis import Synthesis, synthesize
-from lightning_ema.schedules.basic import (
+from lightning_ema.schedules import (
     Annealing,
+    Bema,
     Constant,
     Cosine,
+    Debiased,
+    Equal,
     ExponentialAnnealing,
     HalfLife,
     InversePower,
+    PerUpdate,
     Plan,
-    Ramp,
+    Power,
+    Scaled,
     Schedule,
+    Shifted,
+    Then,
     Warmup,
 )
-from lightning_ema.schedules.composed import Bema, CopyFirst, Debiased, Equal, Power, Scaled, Shifted, Then
 from lightning_ema.semi_supervised import losses as consistency
 from lightning_ema.semi_supervised.datamodule import SemiSupervisedDataModule
 from lightning_ema.semi_supervised.splits import split_by_class
@@ -33,7 +39,6 @@ __all__ = [
     "Annealing",
     "Bema",
     "Constant",
-    "CopyFirst",
     "Cosine",
     "Debiased",
     "EMACallback",
@@ -45,9 +50,9 @@ __all__ = [
     "MeanTeacherConfig",
     "MeanTeacherMixin",
     "PerSample",
+    "PerUpdate",
     "Plan",
     "Power",
-    "Ramp",
     "Scaled",
     "Schedule",
     "SemiSupervisedDataModule",

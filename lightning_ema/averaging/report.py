@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lightning_ema.averaging.settings import DecayPer
-from lightning_ema.callback.messages import horizon
+from lightning_ema.schedules.base import horizon
 from lightning_ema.schedules.profiles import Ages
 
 REACHED = 0.9
@@ -54,7 +53,7 @@ class Facts:
         started: whether the average has started.
         start_step: the step at which it started, or would have.
         every_n_steps: steps between updates.
-        decay_per: whether the decay is that of a step or of an update.
+        steps_per_decay: how many steps one reading of the decay covers: ``every_n_steps`` under ``PerUpdate``, else 1.
         decay: in force at the last step.
         limit: the decay that the schedule approaches; 1 where it aims at no horizon.
         ages: how old what is averaged is, before the last step; None where that is not known.
@@ -69,7 +68,7 @@ class Facts:
     started: bool
     start_step: int
     every_n_steps: int
-    decay_per: DecayPer
+    steps_per_decay: int
     decay: float
     limit: float
     ages: Ages | None
@@ -79,12 +78,12 @@ class Facts:
     @property
     def horizon(self) -> float:
         """``1 / (1 - decay)`` at the last step, in steps."""
-        return self._in_steps(horizon(self.decay))
+        return self.steps_per_decay * horizon(self.decay)
 
     @property
     def horizon_wanted(self) -> float:
         """The same at the schedule's limit; infinite where it aims at no horizon."""
-        return self._in_steps(horizon(self.limit))
+        return self.steps_per_decay * horizon(self.limit)
 
     @property
     def move(self) -> float:
@@ -97,9 +96,6 @@ class Facts:
         if self.ages is None:
             return math.nan
         return self.distance / (1 + self.ages.mean / self.every_n_steps) / (self.precision / 2)
-
-    def _in_steps(self, decays: float) -> float:
-        return decays * self.every_n_steps if self.decay_per == "update" else decays
 
 
 def report(facts: Facts) -> str:

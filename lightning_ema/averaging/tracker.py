@@ -14,7 +14,7 @@ from lightning_ema.checkpoint.state import COUNTERS
 from lightning_ema.distributed.dtensor import all_across, local
 from lightning_ema.distributed.partition import Reconcile, everyone
 from lightning_ema.ops.lerp import all_finite
-from lightning_ema.schedules.basic import Plan, Schedule
+from lightning_ema.schedules.base import Plan, Schedule
 from lightning_ema.schedules.history import History
 
 
@@ -93,7 +93,7 @@ class Course:
         self.num_updates += 1
         self.last_update_step = self.num_steps
         for place, history in enumerate(self.histories):
-            history.record(upto - after, self.schedules[place], self._settings.decay_per)
+            history.record(upto - after, self.schedules[place])
         return True
 
     def _finite(self, lives: list[Tensor]) -> bool:
@@ -103,10 +103,7 @@ class Course:
         return finite if self.alone else all_across(finite, together, device)
 
     def _decay(self, schedule: Schedule, after: int, upto: int) -> float:
-        if upto - after == 1 or self._settings.decay_per == "update":
-            decay = schedule(upto)
-        else:
-            decay = schedule.product(after, upto)
+        decay = schedule(upto) if upto - after == 1 else schedule.product(after, upto)
         if not 0 <= decay <= 1:
             raise ValueError(f"{schedule!r} gave the decay {decay!r} at step {upto}; it must lie in [0, 1].")
         return decay

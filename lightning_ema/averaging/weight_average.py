@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_ema.averaging.pair import Pair
 from lightning_ema.averaging.report import Facts, report
-from lightning_ema.averaging.settings import Buffers, DecayPer, OnNonfinite, Settings
+from lightning_ema.averaging.settings import Buffers, OnNonfinite, Settings
 from lightning_ema.averaging.swap import Loan, missing
 from lightning_ema.averaging.tracker import Course
 from lightning_ema.checkpoint.state import FORMAT, check_state
@@ -24,7 +24,7 @@ from lightning_ema.distributed.partition import Reconcile, is_first, processes
 from lightning_ema.modules.named_tensors import Survey
 from lightning_ema.ops.lerp import corrected, ratio, squared_norms
 from lightning_ema.ops.step_hooks import as_before_step
-from lightning_ema.schedules.basic import Plan, Schedule
+from lightning_ema.schedules.base import PerUpdate, Plan, Schedule
 from lightning_ema.schedules.history import History
 from lightning_ema.schedules.profiles import Ages, Timeline, ages
 
@@ -54,9 +54,6 @@ class WeightAverage:
             ``averages``.
         every_n_steps: absorb the live weights at every n-th step, counted from ``start_step``.
         start_step: up to and including this step the average *is* the live weights, and nothing is stored.
-        decay_per: ``"step"``: an update that covers several steps keeps the product of their decays, so that the
-            horizon does not depend on ``every_n_steps``. ``"update"``: the schedule is read once, at the current
-            step, as most other systems do.
         include: glob patterns over qualified names; only what one of them matches is averaged. None: everything.
         exclude: glob patterns of what is left out, also of what ``include`` matches.
         include_frozen: also average parameters that do not require grad. Without it they join when unfrozen.
@@ -88,7 +85,6 @@ class WeightAverage:
         *,
         every_n_steps: int = 1,
         start_step: int = 0,
-        decay_per: DecayPer = "step",
         include: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
         include_frozen: bool = False,
@@ -104,7 +100,6 @@ class WeightAverage:
             decay,
             every_n_steps,
             start_step,
-            decay_per,
             include,
             exclude,
             include_frozen,
@@ -516,7 +511,7 @@ class WeightAverage:
             started=self.started,
             start_step=self.start_step,
             every_n_steps=self.settings.every_n_steps,
-            decay_per=self.settings.decay_per,
+            steps_per_decay=self.settings.every_n_steps if isinstance(self.schedule, PerUpdate) else 1,
             decay=self.decay,
             limit=self.schedule.limit,
             ages=self._ages(),
@@ -528,9 +523,9 @@ class WeightAverage:
         history, since = self.history, self.last_update_step - self.start_step
         if self.num_updates == 0 or history.num_steps != since or self.schedule.corrects:
             return None
-        one = history.follows(self.schedule, self.settings.decay_per)
+        one = history.follows(self.schedule)
         try:
-            made_of = ages(Timeline(history.stretches), self.schedule if one else None, self.settings.decay_per)
+            made_of = ages(Timeline(history.stretches), self.schedule if one else None)
         except ValueError:  # some updates were made under a schedule of another package, before this run
             return None
         return replace(made_of, mean=made_of.mean + self.num_steps - self.last_update_step)

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_ema.averaging.module_weights import Batches, Custody
-from lightning_ema.averaging.settings import Buffers, DecayPer, OnNonfinite, Settings, label
+from lightning_ema.averaging.settings import Buffers, OnNonfinite, Settings, label
 from lightning_ema.averaging.weight_average import WeightAverage
 from lightning_ema.callback import sharded_files
 from lightning_ema.callback.messages import (
@@ -25,7 +25,6 @@ from lightning_ema.callback.messages import (
     no_step_seen,
     not_returned,
     nothing_chosen,
-    other_settings,
     resumed,
     save_needs_all,
     shared_among_others,
@@ -42,7 +41,7 @@ from lightning_ema.evaluation.passes import Passes
 from lightning_ema.evaluation.selection import Mode
 from lightning_ema.evaluation.settings import Evaluate, Others, Scoring
 from lightning_ema.posthoc.snapshots import Snapshots, check_schedule, discard_future, take, write
-from lightning_ema.schedules.basic import Plan, Schedule
+from lightning_ema.schedules.base import Plan, Schedule
 from lightning_ema.trainer import facts, training_batches
 from lightning_ema.trainer.checkpoint_hook import Hook, ModuleHook
 from lightning_ema.trainer.step_counter import StepCounter
@@ -62,7 +61,7 @@ class EMACallback(Callback):
         trainer = Trainer(callbacks=[EMACallback(decay=0.999)])
 
     Args:
-        decay, every_n_steps, start_step, decay_per, include, exclude, include_frozen: as in
+        decay, every_n_steps, start_step, include, exclude, include_frozen: as in
             :class:`~lightning_ema.WeightAverage`. A number ``d`` means ``Warmup(d)``; the bare constant is
             ``Constant(d)``. A step is one step of an optimizer that trains averaged parameters. A list of decays keeps
             one average for each; the first is evaluated and saved in ``state_dict``.
@@ -104,7 +103,6 @@ class EMACallback(Callback):
         *,
         every_n_steps: int = 1,
         start_step: int = 0,
-        decay_per: DecayPer = "step",
         include: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
         include_frozen: bool = False,
@@ -131,7 +129,6 @@ class EMACallback(Callback):
             decay,
             every_n_steps,
             start_step,
-            decay_per,
             include,
             exclude,
             include_frozen,
@@ -410,7 +407,7 @@ class EMACallback(Callback):
             if entry["config"].get("switch_every") != self._config()["switch_every"]:
                 custody.switched = None  # it counts epochs, or other steps
             if changed := checkpoints.changes(entry, self._config()):
-                self._warn(other_settings(changed))
+                self._warn(checkpoints.other_settings(changed))
             self._say(resumed(custody.average.num_steps, custody.average.num_updates))
         elif foreign is not None:
             custody.adopt(*foreign)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from lightning_ema.schedules.basic import Schedule, Warmup
-
-
-def horizon(decay: float) -> float:
-    """``1 / (1 - decay)``: the steps over which an average of this decay reaches back; infinite at 1."""
-    return 1 / (1 - decay) if decay < 1 else float("inf")
+from lightning_ema.schedules.base import Schedule, horizon
+from lightning_ema.schedules.basic import Warmup
 
 
 def too_long(schedule: Schedule, total_steps: int) -> str | None:
@@ -50,11 +46,6 @@ def switching(every: int | str) -> str:
         f"switch_every={every!r}: {when} the live weights are set to the average, and the optimizer goes on from there "
         "with the state it has. This changes the training; leave it out for an average that only follows."
     )
-
-
-def other_settings(changed: Sequence[str]) -> str:
-    """A warning where a run is resumed with other settings than its file was written with."""
-    return f"the checkpoint was written with other settings; those given now hold: {'; '.join(changed)}."
 
 
 def resumed(steps: int, updates: int) -> str:
@@ -149,32 +140,6 @@ def monitors_another(monitor: str, mode: str, suffix: str, plain: str, select: s
         f"a ModelCheckpoint monitors {monitor!r}, but state_dict of its files holds {held}, not what is scored under "
         f"that name. Monitor {plain!r}, {remedy}."
     )
-
-
-def chosen(metric: str, scores: Mapping[str, float], winner: str, schedules: Sequence[Schedule], step: int) -> str:
-    """Said when one of several averages has been chosen by a metric.
-
-    Args:
-        metric: its name.
-        scores: of all averages, by name.
-        winner: the name of the one that is chosen.
-        schedules: of all averages, in the order of ``scores``.
-        step: the last one, counted from the start of the averages.
-    """
-    rest = ", ".join(f"{name} {score:.6g}" for name, score in scores.items() if name != winner)
-    by_name = dict(zip(scores, schedules, strict=True))
-    same = [n for n in scores if scores[n] == scores[winner] and _same_so_far(by_name[n], by_name[winner], step)]
-    one = (
-        f" So far {', '.join(same)} are one and the same average: their warm-up has come to a decay of "
-        f"{by_name[winner](step):.4g} only. Compare smaller decays, or Constant(...)."
-    )
-    return f"by {metric} the decay {winner} is chosen, with {scores[winner]:.6g} ({rest}).{one if same[1:] else ''}"
-
-
-def _same_so_far(first: Schedule, second: Schedule, step: int) -> bool:
-    """Whether two averages are the same because both are warmed up alike, and neither has come to its own decay."""
-    alike = isinstance(first, Warmup) and isinstance(second, Warmup) and first.offset == second.offset
-    return first == second or (alike and first(step) == second(step))
 
 
 def chosen_last(metric: str, winner: str, place: int, delivered: bool) -> str:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_ema.averaging.module_weights import Batches, Custody
 from lightning_ema.averaging.settings import label
 from lightning_ema.averaging.weight_average import WeightAverage
-from lightning_ema.callback.messages import chosen
 from lightning_ema.evaluation import extra_pass
 from lightning_ema.evaluation.selection import best_of, score_of
 from lightning_ema.evaluation.settings import Scoring
+from lightning_ema.schedules.base import PerUpdate, Schedule
+from lightning_ema.schedules.basic import Warmup
 from lightning_ema.trainer import facts
 from lightning_ema.trainer.evaluation_loop import Result
 
@@ -116,3 +117,30 @@ class Passes:
         live: dict[str, int | None] = {"_live": None} if self._scoring.evaluate == "both" else {}
         others = averages[1:] if self._scoring.others == "evaluate" else []
         return {**live, **{f"/{self.label(average)}": place for place, average in enumerate(others, start=1)}}
+
+
+def chosen(metric: str, scores: Mapping[str, float], winner: str, schedules: Sequence[Schedule], step: int) -> str:
+    """Said when one of several averages has been chosen by a metric.
+
+    Args:
+        metric: its name.
+        scores: of all averages, by name.
+        winner: the name of the one that is chosen.
+        schedules: of all averages, in the order of ``scores``.
+        step: the last one, counted from the start of the averages.
+    """
+    rest = ", ".join(f"{name} {score:.6g}" for name, score in scores.items() if name != winner)
+    by_name = dict(zip(scores, schedules, strict=True))
+    same = [n for n in scores if scores[n] == scores[winner] and _same_so_far(by_name[n], by_name[winner], step)]
+    one = (
+        f" So far {', '.join(same)} are one and the same average: their warm-up has come to a decay of "
+        f"{by_name[winner](step):.4g} only. Compare smaller decays, or Constant(...)."
+    )
+    return f"by {metric} the decay {winner} is chosen, with {scores[winner]:.6g} ({rest}).{one if same[1:] else ''}"
+
+
+def _same_so_far(first: Schedule, second: Schedule, step: int) -> bool:
+    """Whether two averages are the same because both are warmed up alike, and neither has come to its own decay."""
+    one, other = (each.schedule if isinstance(each, PerUpdate) else each for each in (first, second))
+    alike = isinstance(one, Warmup) and isinstance(other, Warmup) and one.offset == other.offset
+    return first == second or (alike and type(first) is type(second) and first(step) == second(step))

@@ -14,11 +14,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_ema.averaging.weight_average import WeightAverage
-from lightning_ema.callback.messages import other_settings
-from lightning_ema.checkpoint.entry import changes
+from lightning_ema.checkpoint.entry import changes, other_settings
 from lightning_ema.modules.batchnorm import statistics_of
 from lightning_ema.modules.named_tensors import Survey
-from lightning_ema.schedules.basic import Plan
+from lightning_ema.schedules.base import Plan
 from lightning_ema.teacher.config import MeanTeacherConfig
 from lightning_ema.teacher.networks import Watched, check_alike, check_width, copy_buffers, copy_frozen, networks
 from lightning_ema.trainer import facts
@@ -290,7 +289,6 @@ def _average(student: nn.Module, teacher: nn.Module, config: MeanTeacherConfig) 
         config.schedule,
         every_n_steps=config.every_n_steps,
         start_step=_NOT_STARTED,
-        decay_per=config.decay_per,
         buffers="average" if config.buffers == "average" else "copy",
         into=teacher,
     )
