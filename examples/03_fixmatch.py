@@ -11,8 +11,9 @@ from typing import Literal
 import torch
 from classifier import Alignment, Classifier, arguments, run_seeds
 from torch import nn
+from torchmetrics import MeanMetric
 
-from lightning_ema import MeanTeacherConfig, PseudoLabelAcceptance, PseudoLabelAccuracy
+from lightning_ema import MeanTeacherConfig
 from lightning_ema.semi_supervised import losses
 
 Source = Literal["teacher", "student"]
@@ -29,8 +30,8 @@ class FixMatch(Classifier):
         super().__init__(mean_teacher=mean_teacher)
         self.save_hyperparameters("targets_from", "threshold", "align")
         self.aligned = Alignment() if align else nn.Identity()
-        self.accepted = PseudoLabelAcceptance()
-        self.right = PseudoLabelAccuracy()
+        self.accepted = MeanMetric()
+        self.right = MeanMetric()  # of accepted ones; NaN in an epoch without any
 
     def training_step(self, batch):
         images, labels = batch["labeled"]
@@ -51,7 +52,7 @@ class FixMatch(Classifier):
 
     def watch(self, pseudo_labels, mask, true_labels):
         self.accepted.update(mask)
-        self.right.update(pseudo_labels, mask, true_labels)
+        self.right.update(pseudo_labels == true_labels, mask)
         self.log("pseudo_labels/accepted", self.accepted, on_step=False, on_epoch=True)
         self.log("pseudo_labels/right", self.right, on_step=False, on_epoch=True)
 

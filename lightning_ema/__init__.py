@@ -9,27 +9,27 @@ from lightning_ema.evaluation.settings import Select
 from lightning_ema.interop.export import export_average
 from lightning_ema.posthoc.snapshots import Snapshots
 from lightning_ema.posthoc.synthesis import Synthesis, synthesize
-from lightning_ema.schedules.basic import (
+from lightning_ema.schedules import (
     Annealing,
+    Bema,
     Constant,
     Cosine,
+    Debiased,
+    Equal,
     ExponentialAnnealing,
     HalfLife,
     InversePower,
+    PerUpdate,
     Plan,
-    Ramp,
+    Power,
+    Scaled,
     Schedule,
+    Shifted,
+    Then,
     Warmup,
 )
-from lightning_ema.schedules.composed import Bema, CopyFirst, Debiased, Equal, Power, Scaled, Shifted, Then
 from lightning_ema.semi_supervised import losses as consistency
 from lightning_ema.semi_supervised.datamodule import SemiSupervisedDataModule
-from lightning_ema.semi_supervised.metrics import (
-    PseudoLabelAcceptance,
-    PseudoLabelAccuracy,
-    RelativeWeightDistance,
-    TeacherStudentAgreement,
-)
 from lightning_ema.semi_supervised.splits import split_by_class
 from lightning_ema.semi_supervised.views import PerSample, Views
 from lightning_ema.teacher.config import MeanTeacherConfig
@@ -41,7 +41,6 @@ __all__ = [
     "Annealing",
     "Bema",
     "Constant",
-    "CopyFirst",
     "Cosine",
     "Debiased",
     "EMACallback",
@@ -52,6 +51,7 @@ __all__ = [
     "MeanTeacherConfig",
     "MeanTeacherMixin",
     "PerSample",
+    "PerUpdate",
     "Plan",
     "Power",
     "PseudoLabelAcceptance",
@@ -67,7 +67,6 @@ __all__ = [
     "Snapshots",
     "SwitchEMA",
     "Synthesis",
-    "TeacherStudentAgreement",
     "Then",
     "Views",
     "Warmup",

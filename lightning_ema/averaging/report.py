@@ -57,7 +57,7 @@ class Facts:
         started: whether the average has started.
         start_step: the step at which it started, or would have.
         every_n_steps: steps between updates.
-        decay_per: whether the decay is that of a step or of an update.
+        steps_per_decay: how many steps one reading of the decay covers: ``every_n_steps`` under ``PerUpdate``, else 1.
         decay: in force at the last step.
         limit: the decay that the schedule approaches; 1 where it aims at no horizon.
         ages: how old what is averaged is, before the last step; None where that is not known.
@@ -72,7 +72,7 @@ class Facts:
     started: bool
     start_step: int
     every_n_steps: int
-    decay_per: DecayPer
+    steps_per_decay: int
     decay: float
     limit: float
     ages: Ages | None
@@ -82,12 +82,12 @@ class Facts:
     @property
     def horizon(self) -> float:
         """``1 / (1 - decay)`` at the last step, in steps."""
-        return self._in_steps(horizon(self.decay))
+        return self.steps_per_decay * horizon(self.decay)
 
     @property
     def horizon_wanted(self) -> float:
         """The same at the schedule's limit; infinite where it aims at no horizon."""
-        return self._in_steps(horizon(self.limit))
+        return self.steps_per_decay * horizon(self.limit)
 
     @property
     def move(self) -> float:
@@ -100,9 +100,6 @@ class Facts:
         if self.ages is None:
             return math.nan
         return self.distance / (1 + self.ages.mean / self.every_n_steps) / (self.precision / 2)
-
-    def _in_steps(self, decays: float) -> float:
-        return decays * self.every_n_steps if self.decay_per == "update" else decays
 
 
 def report(facts: Facts) -> str:

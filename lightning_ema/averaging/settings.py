@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from collections.abc import Sequence
@@ -13,7 +12,9 @@ from typing import Any, Literal, get_args
 import torch
 
 from lightning_ema.checks import check_choice, check_count, check_flag
-from lightning_ema.schedules.basic import Schedule, Warmup
+from lightning_ema.schedules.base import PerUpdate, Schedule, horizon
+from lightning_ema.schedules.basic import Warmup
+from lightning_ema.schedules.text import as_whole
 
 DecayPer = Literal["step", "update"]
 OnNonfinite = Literal["skip", "raise", "ignore"]
@@ -49,7 +50,6 @@ class Settings:
     decays: tuple[Schedule, ...]
     every_n_steps: int
     start_step: int
-    decay_per: DecayPer
     include: tuple[str, ...] | None
     exclude: tuple[str, ...]
     include_frozen: bool
@@ -64,7 +64,6 @@ class Settings:
         decay: float | Schedule | Sequence[float | Schedule],
         every_n_steps: int,
         start_step: int,
-        decay_per: DecayPer,
         include: Sequence[str] | None,
         exclude: Sequence[str],
         include_frozen: bool,
@@ -96,13 +95,13 @@ class Settings:
                 "weights to the average whenever that is swapped in or saved. Use 'raise' or 'ignore'."
             )
         _check_dtype(dtype)
-        for schedule in decays if decay_per == "step" else ():  # else the horizon counts updates
-            _warn_of_interval(every_n_steps, schedule)
+        for schedule in decays:
+            if not isinstance(schedule, PerUpdate):  # whose horizon counts updates
+                _warn_of_interval(every_n_steps, schedule)
         return cls(
             decays=decays,
             every_n_steps=every_n_steps,
             start_step=start_step,
-            decay_per=decay_per,
             include=None if include is None else _patterns(include, "include"),
             exclude=_patterns(exclude, "exclude"),
             include_frozen=include_frozen,
@@ -150,7 +149,7 @@ def label(schedule: Schedule) -> str:
 
     Equal schedules have one name: whole numbers are written without ``.0``, with which YAML gives them.
 
-    >>> from lightning_ema.schedules.basic import Constant, HalfLife
+    >>> from lightning_ema.schedules import Constant, HalfLife
     >>> label(Warmup(0.999)), label(Constant(0.99)), label(HalfLife(epochs=1.0))
     ('0.999', 'Constant_0.99', 'HalfLife_epochs_1')
     """
@@ -159,15 +158,6 @@ def label(schedule: Schedule) -> str:
     if not is_dataclass(schedule):
         return type(schedule).__name__  # its repr may hold an address, which is another in every run
     return re.sub(r"[^\w.]+", "_", as_whole(repr(schedule))).strip("_")
-
-
-def as_whole(text: str) -> str:
-    """A text in which numbers that are whole are written without ``.0``, so that equal settings read the same.
-
-    >>> as_whole("Then(1.0, at=3, second=HalfLife(epochs=10.05))")
-    'Then(1, at=3, second=HalfLife(epochs=10.05))'
-    """
-    return re.sub(r"\b(\d+)\.0\b(?!\.)", r"\1", text)
 
 
 def _as_schedule(decay: float | Schedule) -> Schedule:
@@ -216,11 +206,11 @@ def _patterns(patterns: Sequence[str], name: str) -> tuple[str, ...]:
 
 def _warn_of_interval(every_n_steps: int, schedule: Schedule) -> None:
     """Between updates states go unseen, and the mean age shortens by up to (every_n_steps - 1) / 2 steps."""
-    horizon = 1 / (1 - schedule.limit) if schedule.limit < 1 else math.inf
-    largest = 0.1 * horizon + 1e-6  # 1 / (1 - 0.99) is a little below 100
+    aimed_at = horizon(schedule.limit)
+    largest = 0.1 * aimed_at + 1e-6  # 1 / (1 - 0.99) is a little below 100
     if every_n_steps > max(1, largest):
         warnings.warn(
-            f"every_n_steps={every_n_steps} is more than a tenth of the horizon 1 / (1 - decay) = {horizon:.4g} "
+            f"every_n_steps={every_n_steps} is more than a tenth of the horizon 1 / (1 - decay) = {aimed_at:.4g} "
             "steps, so the average sees few of the states it is made of. Use every_n_steps="
             f"{max(1, int(largest))} or a decay nearer to 1.",
             stacklevel=4,

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_ema.schedules.basic import Schedule, Warmup
-
-
-def horizon(decay: float) -> float:
-    """``1 / (1 - decay)``: the steps over which an average of this decay reaches back; infinite at 1."""
-    return 1 / (1 - decay) if decay < 1 else float("inf")
+from lightning_ema.schedules.base import Schedule, horizon
+from lightning_ema.schedules.basic import Warmup
 
 
 def too_long(schedule: Schedule, total_steps: int) -> str | None:

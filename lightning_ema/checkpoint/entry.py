@@ -7,13 +7,13 @@ checkpoint["callbacks"][<state key>]     counters, "config", "live": {name: tens
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from lightning_ema.averaging.settings import as_whole
 from lightning_ema.checkpoint.state import check_state
+from lightning_ema.schedules.text import as_whole
 
 STATE_KEY_PREFIX = "EMACallback{"
 
@@ -84,6 +84,11 @@ def changes(entry: dict[str, Any], config: Mapping[str, Any]) -> list[str]:
     both = [(key, then.get(key, now), now) for key, now in config.items() if key not in _WHERE]
     differing = [each for each in both if as_whole(str(each[1])) != as_whole(str(each[2]))]
     return [f"{key}: {was} in the file, {now} now" for key, was, now in differing]
+
+
+def other_settings(changed: Sequence[str]) -> str:
+    """A warning where a run is resumed with other settings than its file was written with."""
+    return f"the checkpoint was written with other settings; those given now hold: {'; '.join(changed)}."
 
 
 def foreign(checkpoint: Mapping[str, Any]) -> tuple[int, int, dict[str, Tensor]] | None:

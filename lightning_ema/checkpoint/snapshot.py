@@ -1,7 +1,7 @@
 """The format of a snapshot file: plain tensors, numbers and strings.
 
     {"format", "run", "step", "start_step",
-     "averages": [{"config", "stretches": [{"decay", "decay_per", "gaps", "counts"}], "tensors": {name: tensor}}, ...],
+     "averages": [{"config", "stretches": [{"decay", "gaps", "counts"}], "tensors": {name: tensor}}, ...],
      "entries": [[key of the module's state_dict, name of the average or "", dtype], ...],
      "rest": {key: tensor}}
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lightning_ema.checks import check_count
-from lightning_ema.schedules.basic import Plan, Schedule
+from lightning_ema.schedules.base import Plan, Schedule
 from lightning_ema.schedules.profiles import every, mean_age, profile
 from lightning_ema.schedules.text import read_schedule
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ema.callback.messages import horizon
 from lightning_ema.checkpoint import sharded as sharded_checkpoint
 from lightning_ema.checkpoint.entry import STATE_KEY_PREFIX, find, state_key
 from lightning_ema.modules.named_tensors import without_wrappers
 from lightning_ema.ops.lerp import corrected, relative_distance
+from lightning_ema.schedules.base import horizon
 from lightning_ema.schedules.text import read_schedule
 
 Checkpoint = str | Path | Mapping[str, Any]

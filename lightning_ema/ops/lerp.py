@@ -18,10 +18,6 @@ STAGED = 1 << 19
 CHUNK = 1 << 18
 """Elements of a scratch tensor elsewhere: 1 MiB of float32."""
 
-WHOLE, RUN = 1 << 12, 1 << 12
-"""In samples: tensors of up to so many elements are read whole; elements of others that are read in a row. Shorter
-runs took longer."""
-
 
 def lerp_reference_(averages: Sequence[Tensor], lives: Sequence[Tensor], rate: float) -> None:
     """``average += rate * (live - average)``, one tensor at a time, in the average's dtype and on its device."""
@@ -198,34 +194,6 @@ def _squared_norms(averages: Sequence[Tensor], lives: Sequence[Tensor]) -> Tenso
             torch._foreach_sub_(views, kept)
         sums.append(torch.stack([torch.vdot(scratch, scratch).real, norm]))
     return torch.stack(sums).cpu().double().sum(0)
-
-
-def sampled_norms(averages: Sequence[Tensor], lives: Sequence[Tensor], share: float) -> Tensor:
-    """About what :func:`squared_norms` gives, from a ``share`` in (0, 1] of the elements: the same ones at each call.
-
-    Tensors of at most ``WHOLE`` elements, and those that are not contiguous, are read whole; of the others runs of
-    about ``RUN`` elements at even distances, each of which stands for ``1 / share`` times as many.
-    """
-    whole: list[tuple[Tensor, Tensor]] = []
-    runs: list[tuple[Tensor, Tensor]] = []
-    for average, live in zip(averages, lives, strict=True):
-        if average.numel() > WHOLE and average.is_contiguous() and live.is_contiguous():
-            runs.append((_runs(average, share), _runs(live, share)))
-        else:
-            whole.append((average, live))
-    squares = torch.zeros(2, dtype=torch.float64)
-    for pairs, weight in ((whole, 1.0), (runs, 1 / share)):
-        if pairs:
-            squares += weight * squared_norms(*zip(*pairs, strict=True))
-    return squares
-
-
-def _runs(tensor: Tensor, share: float) -> Tensor:
-    """Runs at even distances, which together are ``share`` of a contiguous tensor."""
-    count = tensor.numel()
-    runs = max(1, round(count * share / RUN))
-    length = min(count // runs, max(1, round(count * share / runs)))
-    return tensor.as_strided((runs, length), (count // runs, 1), tensor.storage_offset())
 
 
 def ratio(squares: Tensor) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_ema.checkpoint.snapshot import Snapshot, read
 from lightning_ema.posthoc.snapshots import files_in
 from lightning_ema.posthoc.solver import profiles_and_target, solve
-from lightning_ema.schedules.basic import Schedule
+from lightning_ema.schedules.base import Schedule
 from lightning_ema.schedules.history import joined, shortened
 from lightning_ema.schedules.profiles import Timeline
 
@@ -82,7 +82,7 @@ def combine(found: Sequence[Snapshot], wanted: Schedule, at_step: int | None = N
     lines = [Timeline(history) for history in newest.histories]
     ends = [lines[0].updates_until(snapshot.step - newest.start_step) for snapshot in found]
     end = lines[0].updates_until(step - newest.start_step)
-    values, residual = solve(*profiles_and_target(lines, ends, wanted, newest.histories[0][-1].decay_per, end))
+    values, residual = solve(*profiles_and_target(lines, ends, wanted, end))
     return Combination(tuple(found), wanted, step, values, residual)
 
 

@@ -10,8 +10,8 @@ from typing import Literal
 from lightning_ema.checkpoint.snapshot import Snapshot
 from lightning_ema.checks import check_choice
 from lightning_ema.posthoc.combination import Combination
-from lightning_ema.schedules.basic import Schedule
-from lightning_ema.schedules.composed import Power
+from lightning_ema.schedules.base import Schedule
+from lightning_ema.schedules.growing import Power
 from lightning_ema.schedules.history import shortened
 from lightning_ema.schedules.profiles import Timeline, ages
 from lightning_ema.schedules.text import read_schedule
@@ -61,7 +61,7 @@ def age_of(combination: Combination) -> float:
     newest = combination.found[-1]
     history = newest.histories[0]
     updates = Timeline(history).updates_until(combination.step - newest.start_step)
-    return ages(Timeline(shortened(history, updates)), combination.schedule, history[-1].decay_per).mean
+    return ages(Timeline(shortened(history, updates)), combination.schedule).mean
 
 
 def best(scored: Sequence[Scored], mode: Mode) -> Scored:
@@ -121,8 +121,6 @@ def _arguments(newest: Snapshot) -> str:
     written = f", start_step={newest.start_step}" if newest.start_step > 0 else ""
     if config.get("every_n_steps", 1) != 1:
         written += f", every_n_steps={config['every_n_steps']}"
-    if config.get("decay_per", "step") != "step":
-        written += f", decay_per={config['decay_per']!r}"
     return written
 
 

@@ -17,13 +17,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_ema.averaging.settings import DecayPer
-from lightning_ema.schedules.basic import Schedule
+from lightning_ema.schedules.base import Schedule
 from lightning_ema.schedules.profiles import Timeline, weights_of
 
 
 def profiles_and_target(
-    tracked: Sequence[Timeline], ends: Sequence[int], wanted: Schedule, decay_per: DecayPer, end: int
+    tracked: Sequence[Timeline], ends: Sequence[int], wanted: Schedule, end: int
 ) -> tuple[Tensor, Tensor]:
     """``A`` and ``b`` in a basis in which they have few rows.
 
@@ -35,7 +34,6 @@ def profiles_and_target(
         tracked: the averages that snapshots were taken of, updated at the same steps.
         ends: after how many updates each snapshot was taken.
         wanted: the schedule of the average wanted.
-        decay_per: how it reads the schedule.
         end: after how many updates it is wanted.
 
     Returns:
@@ -50,7 +48,7 @@ def profiles_and_target(
             left_wanted.fill_(1.0)
         parts = [weights_of(line.decays(begin, stop)) for line in tracked]
         if stop <= end:
-            parts.append(weights_of(tracked[0].decays_of(wanted, decay_per, begin, stop)))
+            parts.append(weights_of(tracked[0].decays_of(wanted, begin, stop)))
         triangle = torch.linalg.qr(torch.stack([inside for inside, _ in parts], 1), mode="r").R
         matrix.append((triangle[:, None, : len(tracked)] * left).flatten(1))
         target.append(triangle[:, len(tracked) :].sum(1) * left_wanted)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lightning_ema.checkpoint.snapshot import Snapshot, load
 from lightning_ema.posthoc.combination import Combination, combine, refusal, snapshots_of_one_run
-from lightning_ema.schedules.basic import Schedule
-from lightning_ema.schedules.composed import Power
+from lightning_ema.schedules.base import Schedule
+from lightning_ema.schedules.growing import Power
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from lightning_ema.checks import check_count, check_flag
 from lightning_ema.recipes.recipe import Recipe, buffers_where, decay_of, positive, share
-from lightning_ema.schedules.basic import Annealing, Constant, Cosine, ExponentialAnnealing, InversePower, Schedule
+from lightning_ema.schedules.base import Constant, PerUpdate, Schedule
+from lightning_ema.schedules.basic import Annealing, Cosine, ExponentialAnnealing, InversePower
 
 
 def mmengine_ema(
@@ -29,7 +30,7 @@ def mmengine_ema(
         begin_iter: up to this call the average is a copy.
 
     >>> mmengine_ema(interval=5)["decay"], mmengine_ema(interval=5)["start_step"]
-    (Constant(0.9998), 1)
+    (PerUpdate(Constant(0.9998)), 1)
     """
     schedule = Constant(decay_of(momentum, "mmengine_ema: momentum"))
     return _after_a_copy("mmengine_ema", schedule, interval, update_buffers, begin_iter)
@@ -57,7 +58,7 @@ def mmengine_annealing(
     Start, buffers and arguments as in :func:`mmengine_ema`.
 
     >>> mmengine_annealing()["decay"]
-    Annealing(0.9998, 100)
+    PerUpdate(Annealing(0.9998, 100))
     """
     decay = decay_of(momentum, "mmengine_annealing: momentum")
     schedule = Annealing(decay, positive(gamma, "mmengine_annealing: gamma"))
@@ -72,7 +73,7 @@ def mmdet_exp_momentum(
     Start, buffers and arguments as in :func:`mmengine_ema`. Their configurations set ``update_buffers=True``.
 
     >>> mmdet_exp_momentum()["decay"]
-    ExponentialAnnealing(0.9998, 2000, offset=1)
+    PerUpdate(ExponentialAnnealing(0.9998, 2000, offset=1))
     """
     decay = decay_of(momentum, "mmdet_exp_momentum: momentum")
     schedule = ExponentialAnnealing(decay, positive(gamma, "mmdet_exp_momentum: gamma"), offset=1)
@@ -108,7 +109,8 @@ def mmpretrain_cosine(
         check_count(total_steps, "mmpretrain_cosine: total_steps", at_least=1)
     recipe = _after_a_copy("mmpretrain_cosine", Constant(1.0), interval, update_buffers, begin_iter)
     # a run's length counts from the start there, K from the first step of the run
-    recipe["decay"] = Cosine(start, end, total_steps, 0 if total_steps is not None else recipe["start_step"])
+    extra = 0 if total_steps is not None else recipe["start_step"]
+    recipe["decay"] = PerUpdate(Cosine(start, end, total_steps, extra))
     return recipe
 
 
@@ -121,7 +123,7 @@ def mmdet2_base(momentum: float = 0.0002, interval: int = 1, skip_buffers: bool 
         skip_buffers: floating-point buffers are not averaged; they are the live ones.
 
     >>> mmdet2_base(momentum=0.001)["decay"]
-    Constant(0.999)
+    PerUpdate(Constant(0.999))
     """
     schedule = Constant(decay_of(momentum, "mmdet2_base: momentum"))
     return _from_the_initial_weights("mmdet2_base", schedule, interval, skip_buffers)
@@ -135,7 +137,7 @@ def mmdet2_exp(
     Arguments as in :func:`mmdet2_base`; ``total_iter`` is the time constant in steps.
 
     >>> mmdet2_exp()["decay"]
-    ExponentialAnnealing(0.9998, 2000)
+    PerUpdate(ExponentialAnnealing(0.9998, 2000))
     """
     decay = decay_of(momentum, "mmdet2_exp: momentum")
     schedule = ExponentialAnnealing(decay, positive(total_iter, "mmdet2_exp: total_iter"))
@@ -216,10 +218,9 @@ def _after_a_copy(recipe: str, schedule: Schedule, interval: int, update_buffers
     check_flag(update_buffers, f"{recipe}: update_buffers")
     check_count(begin_iter, f"{recipe}: begin_iter", at_least=0)
     return Recipe(
-        decay=schedule,
+        decay=PerUpdate(schedule),
         every_n_steps=interval,
         start_step=max(1, begin_iter),
-        decay_per="update",
         buffers=buffers_where(update_buffers),
     )
 
@@ -228,6 +229,4 @@ def _from_the_initial_weights(recipe: str, schedule: Schedule, interval: int, sk
     """mmdetection 2's cadence: no first copy, and averaged where ``n`` is a multiple of the interval."""
     check_count(interval, f"{recipe}: interval", at_least=1)
     check_flag(skip_buffers, f"{recipe}: skip_buffers")
-    return Recipe(
-        decay=schedule, every_n_steps=interval, decay_per="update", buffers=buffers_where(averaged=not skip_buffers)
-    )
+    return Recipe(decay=PerUpdate(schedule), every_n_steps=interval, buffers=buffers_where(averaged=not skip_buffers))

@@ -13,8 +13,10 @@ from collections.abc import Sequence
 
 from lightning_ema.checks import check_count, check_flag
 from lightning_ema.recipes.recipe import Recipe, buffers_where, positive, share
-from lightning_ema.schedules.basic import Constant, HalfLife, InversePower, Schedule, Warmup
-from lightning_ema.schedules.composed import Equal, Power, Shifted, Then
+from lightning_ema.schedules.base import Constant, PerUpdate, Schedule
+from lightning_ema.schedules.basic import HalfLife, InversePower, Warmup
+from lightning_ema.schedules.composed import Shifted, Then
+from lightning_ema.schedules.growing import Equal, Power
 
 
 def timm_v3(
@@ -78,7 +80,7 @@ def ema_pytorch(
         min_value: lower limit of the decay, not above ``beta``.
 
     >>> ema_pytorch()["start_step"], ema_pytorch()["decay"]
-    (101, InversePower(0.9999))
+    (101, PerUpdate(InversePower(0.9999)))
     """
     share(beta, "ema_pytorch: beta")
     share(min_value, "ema_pytorch: min_value")
@@ -90,10 +92,9 @@ def ema_pytorch(
     schedule: Schedule = Constant(1.0) if beta == 1 else InversePower(beta, gamma, power, min_value)
     uncounted = update_after_step % update_every  # from the last copy to the step at which e begins to count
     return Recipe(
-        decay=Then(0.0, uncounted, schedule) if uncounted else schedule,
+        decay=PerUpdate(Then(0.0, uncounted, schedule) if uncounted else schedule),
         every_n_steps=update_every,
         start_step=update_after_step - uncounted + 1,
-        decay_per="update",
         buffers="average",
     )
 
@@ -187,12 +188,11 @@ def composer(
     if half_life is not None:
         schedule: Schedule = HalfLife(steps=_batches(half_life, "composer: half_life", at_least=1))
     else:
-        schedule = Constant(share(smoothing or 0.0, "composer: smoothing"))
+        schedule = PerUpdate(Constant(share(smoothing or 0.0, "composer: smoothing")))
     return Recipe(
         decay=schedule,
         every_n_steps=every,
         start_step=max(start, 1) if every == 1 else start,
-        decay_per="update" if half_life is None else "step",
         buffers="average",
     )
 
@@ -279,10 +279,9 @@ def lightning_ema_weight_averaging(
         check_count(update_starting_at_step, f"{recipe}: update_starting_at_step", at_least=0)
     waited = math.ceil((update_starting_at_step or 0) / update_every_n_steps)
     return Recipe(
-        decay=Constant(share(decay, f"{recipe}: decay")),
+        decay=PerUpdate(Constant(share(decay, f"{recipe}: decay"))),
         every_n_steps=update_every_n_steps,
         start_step=waited * update_every_n_steps + 1,
-        decay_per="update",
         buffers=buffers_where(use_buffers),
     )
 

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Literal, TypedDict
 
-from lightning_ema.averaging.settings import DecayPer
 from lightning_ema.checks import check_positive, check_share
-from lightning_ema.schedules.basic import Schedule
+from lightning_ema.schedules.base import Schedule
 
 
 class Recipe(TypedDict, total=False):
@@ -20,7 +19,6 @@ class Recipe(TypedDict, total=False):
     decay: Schedule | Sequence[Schedule]
     every_n_steps: int
     start_step: int
-    decay_per: DecayPer
     buffers: Literal["average", "copy"]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning_ema.checks import check_count
 from lightning_ema.recipes.recipe import Recipe, positive, share
-from lightning_ema.schedules.basic import Ramp
+from lightning_ema.schedules.basic import ExponentialAnnealing
 from lightning_ema.schedules.composed import Shifted
 
 
@@ -17,7 +17,7 @@ def yolov7(decay: float = 0.9999, updates: int = 0) -> Recipe:
             with the weights that the module has.
 
     >>> yolov7()["decay"]
-    Ramp(0.9999, 2000)
+    ExponentialAnnealing(0.9999, 2000)
     """
     return _yolo("yolov7", decay, 2000, updates)
 
@@ -28,7 +28,7 @@ def ultralytics(decay: float = 0.9999, tau: float = 2000, updates: int = 0) -> R
     Arguments as in :func:`yolov7`; ``tau`` is the time constant in updates.
 
     >>> ultralytics(updates=500)["decay"]
-    Shifted(Ramp(0.9999, 2000), 500)
+    Shifted(ExponentialAnnealing(0.9999, 2000), 500)
     """
     return _yolo("ultralytics", decay, tau, updates)
 
@@ -37,7 +37,7 @@ def yolox(decay: float = 0.9998, updates: int = 0) -> Recipe:
     """The ``ModelEMA`` of YOLOX, as :func:`yolov7`. The default is that of its trainer; the class has 0.9999.
 
     >>> yolox()["decay"]
-    Ramp(0.9998, 2000)
+    ExponentialAnnealing(0.9998, 2000)
     """
     return _yolo("yolox", decay, 2000, updates)
 
@@ -45,5 +45,5 @@ def yolox(decay: float = 0.9998, updates: int = 0) -> Recipe:
 def _yolo(recipe: str, decay: float, tau: float, updates: int) -> Recipe:
     share(decay, f"{recipe}: decay")
     check_count(updates, f"{recipe}: updates", at_least=0)
-    ramp = Ramp(decay, positive(tau, f"{recipe}: tau"))
-    return Recipe(decay=Shifted(ramp, updates) if updates else ramp, buffers="average")
+    annealing = ExponentialAnnealing(decay, positive(tau, f"{recipe}: tau"))
+    return Recipe(decay=Shifted(annealing, updates) if updates else annealing, buffers="average")

@@ -1,109 +1,12 @@
-"""The decay as a function of the step: pure mathematics, no torch.
-
-Notation, used in every formula below:
-
-* ``n``: the step, counted from 1 at the first step after ``start_step``;
-* ``d(n)``: the decay of step ``n``, in [0, 1]: ``average = d(n) * average + (1 - d(n)) * live``;
-* ``1 / (1 - d)``: the horizon, the number of steps over which the average reaches back;
-* the mean age: how many steps old the states in the average are, weighted as they are in it. The live weights of
-  step ``n`` have the age 0, those before the first step the age ``n``. It obeys ``A(n) = d(n) * (A(n - 1) + 1)``.
-"""
+"""Schedules of one formula, with a horizon given beforehand. Notation as in :mod:`lightning_ema.schedules`."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass, replace
 
 from lightning_ema.checks import check_count, check_decay, check_positive, check_share
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What only the run knows, and a schedule may need. ``None`` where the run does not know it either.
-
-    Attributes:
-        total_steps: steps from ``start_step`` to the end of the run.
-        steps_per_epoch: steps in one epoch.
-        samples_per_step: training samples that one step consumes, over all processes.
-    """
-
-    total_steps: int | None = None
-    steps_per_epoch: float | None = None
-    samples_per_step: float | None = None
-
-    def after(self, steps: int) -> Plan:
-        """The plan as seen by a schedule that begins ``steps`` later (earlier, where negative)."""
-        return self if self.total_steps is None else replace(self, total_steps=max(1, self.total_steps - steps))
-
-
-class Schedule(ABC):
-    """The decay of every step: ``schedule(n)`` for ``n = 1, 2, ...``. Pure and without state."""
-
-    @abstractmethod
-    def __call__(self, n: int) -> float:
-        """The decay ``d(n)`` of the n-th step after ``start_step``, in [0, 1]; ``n`` counts from 1."""
-
-    def product(self, after: int, upto: int) -> float:
-        """The share of the old average left by steps ``after + 1 .. upto``: ``d(after + 1) * ... * d(upto)``."""
-        return math.prod(self(n) for n in range(after + 1, upto + 1))
-
-    def bind(self, plan: Plan) -> Schedule:
-        """The same schedule with what only the run knows filled in.
-
-        Raises:
-            ValueError: the schedule needs something that ``plan`` does not know.
-        """
-        return self
-
-    @property
-    def limit(self) -> float:
-        """The decay approached for ``n`` to infinity; 1 where the horizon grows without end."""
-        return 1.0
-
-    def __repr__(self) -> str:
-        """As it is written: fields that have no default by position, the others by name where they differ from it."""
-        if not is_dataclass(self):
-            return super().__repr__()
-        given = [(field, getattr(self, field.name)) for field in fields(self)]
-        by_position = [repr(value) for field, value in given if field.default is MISSING]
-        by_name = [f"{f.name}={value!r}" for f, value in given if f.default is not MISSING and value != f.default]
-        return f"{type(self).__name__}({', '.join(by_position + by_name)})"
-
-    corrects: ClassVar[bool] = False
-    """Whether the average is corrected by ``bias``, for which the weights at the start are kept."""
-
-    def bias(self, n: int) -> float:
-        """The share of the way gone since the start that is added to the average after ``n`` steps."""
-        return 0.0
-
-
-@dataclass(frozen=True, repr=False)
-class Constant(Schedule):
-    """``d(n) = decay``: the bare exponential moving average.
-
-    It remembers its starting point with weight ``decay ** n``; :class:`Warmup` does not. Mean age, once that is
-    forgotten: ``decay / (1 - decay)``.
-
-    >>> Constant(0.9)(1), round(Constant(0.9).product(0, 2), 2)
-    (0.9, 0.81)
-    """
-
-    decay: float
-
-    def __post_init__(self) -> None:
-        check_decay(self.decay, self)
-
-    def __call__(self, n: int) -> float:
-        return self.decay
-
-    def product(self, after: int, upto: int) -> float:
-        return self.decay ** (upto - after)
-
-    @property
-    def limit(self) -> float:
-        return self.decay
+from lightning_ema.schedules.base import Plan, Schedule
 
 
 @dataclass(frozen=True, repr=False)
@@ -188,31 +91,6 @@ class HalfLife(Schedule):
 
 
 @dataclass(frozen=True, repr=False)
-class Ramp(Schedule):
-    """``d(n) = decay * (1 - exp(-n / tau))``. Source: the ``ModelEMA`` of the YOLO family (0.9999, 2000).
-
-    Mean age, long after ``tau`` and the horizon of ``decay``: ``decay / (1 - decay)``.
-
-    >>> round(Ramp(0.9999, tau=2000)(2000), 4)
-    0.6321
-    """
-
-    decay: float
-    tau: float
-
-    def __post_init__(self) -> None:
-        check_decay(self.decay, self)
-        check_positive(self.tau, "Ramp: tau")
-
-    def __call__(self, n: int) -> float:
-        return -self.decay * math.expm1(-n / self.tau)
-
-    @property
-    def limit(self) -> float:
-        return self.decay
-
-
-@dataclass(frozen=True, repr=False)
 class Annealing(Schedule):
     """``d(n) = min(decay, n / (gamma + n))``. Source: mmengine's ``MomentumAnnealingEMA``.
 
@@ -242,14 +120,15 @@ class Annealing(Schedule):
 
 @dataclass(frozen=True, repr=False)
 class ExponentialAnnealing(Schedule):
-    """``d(n) = decay * (1 - exp(-(n + offset) / gamma))``, a :class:`Ramp` that begins ``offset`` steps in.
+    """``d(n) = decay * (1 - exp(-(n + offset) / gamma))``.
 
-    Sources: mmdetection's ``ExpMomentumEMA`` (``offset=1``) and ``ExpMomentumEMAHook`` (``offset=0``); in their words
-    the rate is ``(1 - momentum) * exp(-(n + offset) / gamma) + momentum`` with ``momentum = 1 - decay``. Mean age, long
-    after ``gamma`` and the horizon of ``decay``: ``decay / (1 - decay)``.
+    Sources: the ``ModelEMA`` of the YOLO family (0.9999, 2000); mmdetection's ``ExpMomentumEMAHook`` and
+    ``ExpMomentumEMA`` (``offset=1``), in whose words the rate is ``(1 - momentum) * exp(-(n + offset) / gamma) +
+    momentum`` with ``momentum = 1 - decay``. Mean age, long after ``gamma`` and the horizon of ``decay``:
+    ``decay / (1 - decay)``.
 
-    >>> round(ExponentialAnnealing(0.9998, gamma=2000, offset=1)(1999), 4)
-    0.632
+    >>> round(ExponentialAnnealing(0.9999, gamma=2000)(2000), 4)
+    0.6321
     """
 
     decay: float
@@ -343,6 +222,38 @@ class InversePower(Schedule):
     def __call__(self, n: int) -> float:
         rise = -math.expm1(-self.power * math.log1p(n / self.inv_gamma))
         return min(self.decay, max(self.min_decay, rise))
+
+    @property
+    def limit(self) -> float:
+        return self.decay
+
+
+@dataclass(frozen=True, repr=False)
+class Debiased(Schedule):
+    """``d(n) = decay * (1 - decay ** (n - 1)) / (1 - decay ** n)``: a mean at first, then an average of ``decay``.
+
+    It is the zero-started average divided by ``1 - decay ** n``, so the state before the first step has no weight. Mean
+    age: ``decay / (1 - decay) - n * decay ** n / (1 - decay ** n)``. Sources: optax ``ema(debias=True)``, audiocraft.
+
+    >>> Debiased(0.5)(1), Debiased(0.5)(2)
+    (0.0, 0.3333333333333333)
+    """
+
+    decay: float
+
+    def __post_init__(self) -> None:
+        check_decay(self.decay, self)
+        if self.decay == 1:
+            raise ValueError("Debiased: decay is 1; it must be below 1. A mean of all states is Equal().")
+
+    def __call__(self, n: int) -> float:
+        return self.product(n - 1, n)
+
+    def product(self, after: int, upto: int) -> float:
+        if self.decay == 0 or upto == after:
+            return 0.0 if upto > after else 1.0
+        log = math.log(self.decay)
+        return math.exp((upto - after) * log) * math.expm1(after * log) / math.expm1(upto * log)
 
     @property
     def limit(self) -> float:

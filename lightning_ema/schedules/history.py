@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_ema.averaging.settings import DecayPer
-from lightning_ema.schedules.basic import Schedule
+from lightning_ema.schedules.base import Schedule
 from lightning_ema.schedules.text import write_schedule
 
 
@@ -18,13 +17,11 @@ class Stretch:
 
     Attributes:
         decay: the schedule as text; of a class that is not of this package, text that does not read as a schedule.
-        decay_per: how an update that covers several steps reads it.
         gaps, counts: ``counts[i]`` updates, each ``gaps[i]`` steps after the one before it (the first: after the
             start). Neighbours in ``gaps`` differ. 16 bytes for each pair, also where the gaps never repeat.
     """
 
     decay: str
-    decay_per: DecayPer
     gaps: array[int] = field(default_factory=lambda: array("q"))
     counts: array[int] = field(default_factory=lambda: array("q"))
 
@@ -39,7 +36,7 @@ class Stretch:
 
 def joined(stretches: Sequence[Stretch]) -> Stretch:
     """All gaps and counts in one stretch, whatever the schedules: equal for averages updated at the same steps."""
-    whole = Stretch("", "step")
+    whole = Stretch("")
     for stretch in stretches:
         for gap, count in zip(stretch.gaps, stretch.counts, strict=True):
             whole.add(gap, count)
@@ -50,7 +47,7 @@ def shortened(stretches: Sequence[Stretch], num_updates: int) -> list[Stretch]:
     """The stretches of the first ``num_updates`` updates."""
     cut: list[Stretch] = []
     for stretch in stretches:
-        part = Stretch(stretch.decay, stretch.decay_per)
+        part = Stretch(stretch.decay)
         for gap, count in zip(stretch.gaps, stretch.counts, strict=True):
             if num_updates > 0:
                 part.add(gap, min(count, num_updates))
@@ -75,22 +72,22 @@ class History:
         self.snapshots: list[int] = []
         self._schedule: Schedule | None = None
 
-    def record(self, gap: int, schedule: Schedule, decay_per: DecayPer) -> None:
+    def record(self, gap: int, schedule: Schedule) -> None:
         """Adds one update, ``gap`` steps after the one before it."""
         if schedule is not self._schedule:  # by identity: this runs at every update
-            self._turn_to(schedule, decay_per)
+            self._turn_to(schedule)
         self.stretches[-1].add(gap)
 
-    def _turn_to(self, schedule: Schedule, decay_per: DecayPer) -> None:
+    def _turn_to(self, schedule: Schedule) -> None:
         self._schedule = schedule
-        decay = _spelled(schedule)
+        decay = _as_text(schedule)
         last = self.stretches[-1] if self.stretches else None
-        if last is None or (last.decay, last.decay_per) != (decay, decay_per):
-            self.stretches.append(Stretch(decay, decay_per))
+        if last is None or last.decay != decay:
+            self.stretches.append(Stretch(decay))
 
-    def follows(self, schedule: Schedule, decay_per: DecayPer) -> bool:
+    def follows(self, schedule: Schedule) -> bool:
         """Whether all updates were made under this schedule."""
-        return all((s.decay, s.decay_per) == (_spelled(schedule), decay_per) for s in self.stretches)
+        return all(stretch.decay == _as_text(schedule) for stretch in self.stretches)
 
     @property
     def num_steps(self) -> int:
@@ -108,8 +105,7 @@ class History:
             "run": self.run,
             "snapshots": list(self.snapshots),
             "stretches": [
-                {"decay": s.decay, "decay_per": s.decay_per, "gaps": s.gaps.tolist(), "counts": s.counts.tolist()}
-                for s in self.stretches
+                {"decay": s.decay, "gaps": s.gaps.tolist(), "counts": s.counts.tolist()} for s in self.stretches
             ],
         }
 
@@ -132,14 +128,14 @@ class History:
         return history
 
 
-def _spelled(schedule: Schedule) -> str:
+def _as_text(schedule: Schedule) -> str:
     try:
         return write_schedule(schedule)
     except ValueError:
         return f"{type(schedule).__module__}.{schedule!r}"
 
 
-def _stretch(decay: str, decay_per: DecayPer, gaps: list[int], counts: list[int]) -> Stretch:
+def _stretch(decay: str, gaps: list[int], counts: list[int]) -> Stretch:
     if len(gaps) != len(counts) or min(gaps + counts, default=0) < 1:
         raise ValueError("gaps and counts are as many, and at least 1")
-    return Stretch(decay, decay_per, array("q", gaps), array("q", counts))
+    return Stretch(decay, array("q", gaps), array("q", counts))

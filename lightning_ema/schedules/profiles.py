@@ -18,8 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_ema.averaging.settings import DecayPer
-from lightning_ema.schedules.basic import Schedule
+from lightning_ema.schedules.base import Schedule
 from lightning_ema.schedules.history import Stretch
 from lightning_ema.schedules.text import read_schedule
 
@@ -78,19 +77,16 @@ class Timeline:
         for stretch, end in zip(self._stretches, self._ends, strict=True):
             first, last = max(after, begin), min(upto, end)
             if first < last:
-                parts.append(self.decays_of(read_schedule(stretch.decay), stretch.decay_per, first, last))
+                parts.append(self.decays_of(read_schedule(stretch.decay), first, last))
             begin = end
         return torch.cat(parts)
 
-    def decays_of(self, schedule: Schedule, decay_per: DecayPer, after: int, upto: int) -> Tensor:
+    def decays_of(self, schedule: Schedule, after: int, upto: int) -> Tensor:
         """The same as if ``schedule`` had been in force; computed as the update computes them."""
         steps = self.steps(after, upto)
         gaps = self._gaps[self._run_of(torch.arange(after + 1, upto + 1))]
         pairs = zip(steps.tolist(), gaps.tolist(), strict=True)
-        if decay_per == "update":
-            values = [schedule(step) for step in steps.tolist()]
-        else:
-            values = [schedule(s) if gap == 1 else schedule.product(s - gap, s) for s, gap in pairs]
+        values = [schedule(s) if gap == 1 else schedule.product(s - gap, s) for s, gap in pairs]
         return torch.tensor(values, dtype=torch.float64)
 
     def chunks(self, edges: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -113,7 +109,7 @@ def weights_of(decays: Tensor) -> tuple[Tensor, Tensor]:
     return (1 - decays) * tails[1:], tails[0]
 
 
-def profile(schedule: Schedule, timeline: Timeline, decay_per: DecayPer = "step") -> Tensor:
+def profile(schedule: Schedule, timeline: Timeline) -> Tensor:
     """``w(0) .. w(U)`` of an average under ``schedule``, float64 of shape [U + 1].
 
     >>> from lightning_ema import Equal
@@ -123,7 +119,7 @@ def profile(schedule: Schedule, timeline: Timeline, decay_per: DecayPer = "step"
     weights = torch.zeros(timeline.num_updates + 1, dtype=torch.float64)
     share = torch.ones((), dtype=torch.float64)  # of what was there before the chunk at hand
     for after, upto in timeline.chunks([timeline.num_updates]):
-        inside, left = weights_of(timeline.decays_of(schedule, decay_per, after, upto))
+        inside, left = weights_of(timeline.decays_of(schedule, after, upto))
         weights[after + 1 : upto + 1] = share * inside
         share *= left
     weights[0] = share
@@ -150,23 +146,19 @@ class Ages:
     start: float
 
 
-def ages(timeline: Timeline, schedule: Schedule | None = None, decay_per: DecayPer = "step") -> Ages:
+def ages(timeline: Timeline, schedule: Schedule | None = None) -> Ages:
     """How old what is averaged is, without keeping the profile; read from the last update back as far as needed.
 
     Args:
         timeline: of one update or more.
         schedule: that of all updates; None: those recorded.
-        decay_per: how an update that covers several steps reads ``schedule``.
 
     Raises:
         ValueError: a schedule recorded is not of this package.
     """
     mean, share = 0.0, 1.0
     for after, upto in timeline.chunks([timeline.num_updates]):
-        if schedule is None:
-            decays = timeline.decays(after, upto)
-        else:
-            decays = timeline.decays_of(schedule, decay_per, after, upto)
+        decays = timeline.decays(after, upto) if schedule is None else timeline.decays_of(schedule, after, upto)
         weights, left = weights_of(decays)
         before = timeline.num_steps - timeline.steps(after, upto)
         mean += share * float(weights @ before.to(torch.float64))
@@ -178,7 +170,7 @@ def ages(timeline: Timeline, schedule: Schedule | None = None, decay_per: DecayP
 
 def every(gap: int, upto: int) -> Timeline:
     """The timeline of an update at every ``gap``-th step up to and including step ``upto``."""
-    stretch = Stretch("", "step")
+    stretch = Stretch("")
     if upto >= gap:
         stretch.add(gap, upto // gap)
     return Timeline([stretch])

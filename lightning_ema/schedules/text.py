@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import ast
+import re
 from dataclasses import fields
 from numbers import Integral, Real
 
+from lightning_ema.schedules.base import Constant, PerUpdate, Schedule
 from lightning_ema.schedules.basic import (
     Annealing,
-    Constant,
     Cosine,
+    Debiased,
     ExponentialAnnealing,
     HalfLife,
     InversePower,
-    Ramp,
-    Schedule,
     Warmup,
 )
-from lightning_ema.schedules.composed import Bema, CopyFirst, Debiased, Equal, Power, Scaled, Shifted, Then
+from lightning_ema.schedules.composed import Scaled, Shifted, Then
+from lightning_ema.schedules.growing import Bema, Equal, Power
 
 Value = Schedule | float | None
 
@@ -27,7 +28,6 @@ SCHEDULES: dict[str, type[Schedule]] = {
         Constant,
         Warmup,
         HalfLife,
-        Ramp,
         Annealing,
         ExponentialAnnealing,
         Cosine,
@@ -35,10 +35,10 @@ SCHEDULES: dict[str, type[Schedule]] = {
         Power,
         Equal,
         Debiased,
-        CopyFirst,
         Then,
         Shifted,
         Scaled,
+        PerUpdate,
         Bema,
     )
 }
@@ -86,6 +86,15 @@ def read_schedule(text: str) -> Schedule:
     if value is None:
         raise ValueError(_refusal(text, "it is no schedule"))
     return _made(Warmup, [float(value)], {}, text)
+
+
+def as_whole(text: str) -> str:
+    """A text in which numbers that are whole are written without ``.0``, so that equal settings read the same.
+
+    >>> as_whole("Then(1.0, at=3, second=HalfLife(epochs=10.05))")
+    'Then(1, at=3, second=HalfLife(epochs=10.05))'
+    """
+    return re.sub(r"\b(\d+)\.0\b(?!\.)", r"\1", text)
 
 
 def _write_value(value: Schedule | Real) -> str:

@@ -21,7 +21,7 @@ from lightning_ema.callback.messages import other_settings
 from lightning_ema.checkpoint.entry import changes
 from lightning_ema.modules.batchnorm import statistics_of
 from lightning_ema.modules.named_tensors import Survey
-from lightning_ema.schedules.basic import Plan
+from lightning_ema.schedules.base import Plan
 from lightning_ema.teacher.config import MeanTeacherConfig
 from lightning_ema.teacher.networks import Watched, check_alike, check_width, copy_buffers, copy_frozen, networks
 from lightning_ema.trainer import facts

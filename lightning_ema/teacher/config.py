@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from lightning_ema.averaging.settings import DecayPer, Settings, as_schedules
+from lightning_ema.averaging.settings import Settings, as_schedules
 from lightning_ema.checks import check_choice, check_count, check_weight
-from lightning_ema.schedules.basic import Schedule
+from lightning_ema.schedules.base import PerUpdate, Schedule
 from lightning_ema.schedules.composed import Then
 from lightning_ema.semi_supervised.ramps import cosine_ramp, linear_ramp, sigmoid_ramp
 
@@ -29,7 +29,6 @@ class MeanTeacherConfig:
         decay: the share of the old teacher kept at each step: a number ``d``, which means ``Warmup(d)``, or a
             :class:`~lightning_ema.Schedule`, such as ``Then(0.99, at=1000, second=0.999)``.
         every_n_steps: the teacher is updated at every n-th step.
-        decay_per: ``"step"`` or ``"update"``, as in :class:`~lightning_ema.WeightAverage`.
         burn_in_steps: up to this step the teacher copies the student, and the consistency weight is 0.
         buffers: what the teacher's buffers (BatchNorm statistics) are. ``"ignore"``: its own, never synchronised;
             ``"copy"``: the student's as of the last update; ``"average"``: averaged like the parameters, integer ones
@@ -47,7 +46,6 @@ class MeanTeacherConfig:
 
     decay: float | Schedule = 0.999
     every_n_steps: int = 1
-    decay_per: DecayPer = "step"
     burn_in_steps: int = 0
     buffers: TeacherBuffers = "average"
     teacher_mode: Mode = "eval"
@@ -76,7 +74,11 @@ class MeanTeacherConfig:
     def schedule(self) -> Schedule:
         """The decay from the first step on: 0 during the burn-in, which copies, and then that of ``decay``."""
         (schedule,) = as_schedules(self.decay)
-        return Then(0.0, at=self.burn_in_steps, second=schedule) if self.burn_in_steps else schedule
+        if not self.burn_in_steps:
+            return schedule
+        if isinstance(schedule, PerUpdate):
+            return replace(schedule, schedule=Then(0.0, at=self.burn_in_steps, second=schedule.schedule))
+        return Then(0.0, at=self.burn_in_steps, second=schedule)
 
     def teacher_trains(self, training: bool) -> bool:
         """Whether the teacher is in train mode while its module is (``training``)."""

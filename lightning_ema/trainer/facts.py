@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from lightning_ema.distributed.partition import Reconcile
-from lightning_ema.schedules.basic import Plan
+from lightning_ema.schedules.base import Plan
 
 _Kind = TypeVar("_Kind", bound=type)
 _Value = TypeVar("_Value")

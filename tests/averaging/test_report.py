@@ -21,6 +21,7 @@ from lightning_ema import (
     InversePower,
     MeanTeacherConfig,
     MeanTeacherMixin,
+    PerUpdate,
     Power,
     Schedule,
     Warmup,
@@ -39,7 +40,7 @@ FACTS = Facts(
     started=True,
     start_step=0,
     every_n_steps=1,
-    decay_per="step",
+    steps_per_decay=1,
     decay=0.99,
     limit=0.99,
     ages=Ages(mean=99.0, start=0.0),
@@ -79,7 +80,7 @@ class TestSentences:
         assert ", 12 updates left out because of weights that were not finite. The decay" in said(num_skipped=12)
 
     def test_a_horizon_is_in_steps_also_where_the_decay_is_that_of_an_update(self):
-        assert "a horizon of 500 steps" in said(decay_per="update", every_n_steps=5)
+        assert "a horizon of 500 steps" in said(steps_per_decay=5, every_n_steps=5)
         assert "a horizon of 100 steps" in said(every_n_steps=5)
         assert "a horizon of 1.5 steps; what is averaged is 0.5 steps old" in said(
             decay=1 / 3, limit=0, ages=Ages(0.5, 0)
@@ -94,7 +95,7 @@ class TestSentences:
         short = 1 - 1 / (1000 * REACHED * 0.999)
         assert sentence in said(limit=0.999, decay=short)
         assert "not reached" not in said(limit=0.999, decay=1 - 1 / (1000 * REACHED * 1.001))
-        assert "horizon of 5,000 steps that" in said(limit=0.999, decay_per="update", every_n_steps=5)
+        assert "horizon of 5,000 steps that" in said(limit=0.999, steps_per_decay=5, every_n_steps=5)
 
     def test_the_start_that_is_left(self):
         assert "37% of the average is still the weights at its start: the decay is too high" in said(
@@ -164,14 +165,14 @@ def trained(average, gaps=(1,) * 40):
     return average
 
 
-def weight_of_each_state(schedule, steps, every, decay_per, start):
+def weight_of_each_state(schedule, steps, every, per_update, start):
     """The share of each state in the average, followed update by update."""
     shares, last = {start: 1.0}, start
     for step in range(start + every, steps + 1, every):
         decay = 1.0
         for n in range(last + 1, step + 1):
             decay *= schedule(n - start)
-        decay = schedule(step - start) if decay_per == "update" else decay
+        decay = schedule(step - start) if per_update else decay
         shares = {state: share * decay for state, share in shares.items()}
         shares[step], last = 1 - decay, step
     return shares
@@ -181,17 +182,24 @@ class TestFacts:
     @pytest.mark.parametrize(
         "schedule", [Warmup(0.9), Constant(0.97), Equal(), Power(sigma_rel=0.1), Mine(0.8)], ids=repr
     )
-    @pytest.mark.parametrize(("every", "decay_per"), [(1, "step"), (3, "step"), (3, "update"), (7, "step")])
+    @pytest.mark.parametrize(("every", "per_update"), [(1, False), (3, False), (3, True), (7, False)])
     @pytest.mark.parametrize("start", [0, 4])
-    def test_ages_against_brute_force(self, schedule, every, decay_per, start):
+    def test_ages_against_brute_force(self, schedule, every, per_update, start):
         net = nn.Linear(1, 1)
-        average = WeightAverage(net, schedule, every_n_steps=every, decay_per=decay_per, start_step=start)
+        given = PerUpdate(schedule) if per_update else schedule
+        average = WeightAverage(net, given, every_n_steps=every, start_step=start)
         facts = trained(average)._facts()
-        shares = weight_of_each_state(schedule, 40, every, decay_per, start)
+        shares = weight_of_each_state(schedule, 40, every, per_update, start)
         assert sum(shares.values()) == pytest.approx(1)
         assert facts.ages.mean == pytest.approx(sum(share * (40 - state) for state, share in shares.items()))
         assert facts.ages.start == pytest.approx(shares[start], abs=1e-7)
         assert facts.decay == schedule(40 - start)
+
+    def test_under_per_update_a_horizon_covers_the_steps_of_its_updates(self):
+        said = trained(WeightAverage(nn.Linear(1, 1), PerUpdate(0.9), every_n_steps=4)).report()
+        assert "40 steps, 10 updates with PerUpdate(0.9). The decay ends at 0.9, a horizon of 40 steps;" in said
+        said = trained(WeightAverage(nn.Linear(1, 1), Constant(0.9), every_n_steps=4)).report()
+        assert "The decay ends at 0.9, a horizon of 10 steps;" in said
 
     def test_the_paragraph_of_an_average_followed_by_hand(self):
         net = nn.Linear(1, 1, bias=False)

@@ -3,7 +3,7 @@ import warnings
 import pytest
 import torch
 
-from lightning_ema import Constant, EMACallback, HalfLife, Ramp, Then, Warmup, WeightAverage
+from lightning_ema import Constant, EMACallback, ExponentialAnnealing, HalfLife, PerUpdate, Then, Warmup, WeightAverage
 from lightning_ema.averaging.settings import label
 
 BAD = [
@@ -19,7 +19,6 @@ BAD = [
     ({"every_n_steps": -3}, ValueError, "every_n_steps is -3"),
     ({"every_n_steps": 2.0}, TypeError, "every_n_steps is 2.0; it must be a whole number"),
     ({"start_step": -1}, ValueError, "start_step is -1; it must be at least 0"),
-    ({"decay_per": "epoch"}, ValueError, "decay_per is 'epoch'; accepted are 'step', 'update'"),
     ({"include": "net.*"}, TypeError, r"include is the string 'net.\*'; it must be a list .*include=\['net"),
     ({"exclude": "net.*"}, TypeError, "exclude is the string"),
     ({"buffers": "ignore"}, ValueError, "buffers is 'ignore'; accepted are 'average', 'copy'"),
@@ -71,7 +70,9 @@ def test_an_interval_beyond_a_tenth_of_the_horizon_warns_with_what_would_fit():
         EMACallback(0.99, every_n_steps=20)
 
 
-@pytest.mark.parametrize(("decay", "every_n_steps"), [(0.99, 10), (0.9, 1), (Constant(1.0), 10**6)])
+@pytest.mark.parametrize(
+    ("decay", "every_n_steps"), [(0.99, 10), (0.9, 1), (Constant(1.0), 10**6), (PerUpdate(0.9), 10**6)]
+)
 def test_an_interval_within_a_tenth_of_the_horizon_does_not(decay, every_n_steps):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -88,9 +89,9 @@ def test_settings_come_back_from_their_own_arguments():
     [
         (HalfLife(epochs=1), HalfLife(epochs=1.0), "HalfLife_epochs_1"),
         (
-            Then(1, at=3, second=Ramp(0.99, tau=20)),
-            Then(1.0, at=3, second=Ramp(0.99, tau=20.0)),
-            "Then_1_3_Ramp_0.99_20",
+            Then(1, at=3, second=ExponentialAnnealing(0.99, gamma=20)),
+            Then(1.0, at=3, second=ExponentialAnnealing(0.99, gamma=20.0)),
+            "Then_1_3_ExponentialAnnealing_0.99_20",
         ),
         (Then(0.5, at=3, second=Constant(0.99)), Then(0.5, 3, Constant(0.99)), "Then_0.5_3_Constant_0.99"),
         (Warmup(0.9, offset=20), Warmup(0.9, offset=20.0), "Warmup_0.9_offset_20"),

@@ -8,7 +8,7 @@ import torch
 from helpers import clones, equal
 from torch import nn
 
-from lightning_ema import Bema, Constant, CopyFirst, Cosine, Equal, Power, Scaled, Then, WeightAverage
+from lightning_ema import Bema, Constant, Cosine, Equal, Power, Scaled, Then, WeightAverage
 
 DECAYS = [Constant(0.9), Equal(), Bema(kappa=0.6, eta=0.3, rho=4.0, gamma=2.0), Power(gamma=3.0)]
 
@@ -244,7 +244,7 @@ class TestBema:
         average = WeightAverage(net, [Bema(), Constant(1.0)])
         assert set(average.state_dict()["origin"]) == dict(net.named_parameters()).keys()
 
-    @pytest.mark.parametrize("wrap", [lambda s: Then(s, 5, 0.9), lambda s: CopyFirst(s), lambda s: Scaled(s, 2)])
+    @pytest.mark.parametrize("wrap", [lambda s: Then(s, 5, 0.9), lambda s: Then(0.0, 1, s), lambda s: Scaled(s, 2)])
     def test_it_is_no_part_of_another_schedule(self, wrap):
         with pytest.raises(ValueError, match=r"Bema\(.*cannot be part of another schedule"):
             wrap(Bema())

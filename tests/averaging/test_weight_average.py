@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_ema import Constant, CopyFirst, Cosine, Equal, Plan, Power, Warmup, WeightAverage
+from lightning_ema import Constant, Cosine, Equal, PerUpdate, Plan, Power, Then, Warmup, WeightAverage
 
 
 class Numbers(nn.Module):
@@ -70,7 +70,7 @@ class TestTheUpdate:
 
     @pytest.mark.filterwarnings("ignore:every_n_steps")
     @pytest.mark.parametrize("every_n_steps", [1, 2, 3, 5])
-    @pytest.mark.parametrize("schedule", [Constant(0.9), Warmup(0.99), Equal(), Power(gamma=2.0), CopyFirst(0.8)])
+    @pytest.mark.parametrize("schedule", [Constant(0.9), Warmup(0.99), Equal(), Power(gamma=2.0), Then(0.0, 1, 0.8)])
     def test_an_update_over_several_steps_keeps_the_product_of_their_decays(self, schedule, every_n_steps):
         average = WeightAverage(Numbers(a=7), schedule, every_n_steps=every_n_steps, start_step=2)
         states = [3.0, -1.0, 4.0, 1.5, -5.0, 9.0, 2.0, 6.0, -3.0, 5.0, 8.0, -7.0]
@@ -82,7 +82,7 @@ class TestTheUpdate:
         assert follow(average, states)[-1] == pytest.approx(expected, abs=1e-6)
 
     def test_per_update_reads_the_schedule_once_at_the_current_step(self):
-        average = WeightAverage(Numbers(a=0), Cosine(0.0, 1.0, total_steps=4), every_n_steps=2, decay_per="update")
+        average = WeightAverage(Numbers(a=0), PerUpdate(Cosine(0.0, 1.0, total_steps=4)), every_n_steps=2)
         # decays 0.5 at step 2 and 1.0 at step 4
         assert follow(average, [9, 8, 9, 100]) == pytest.approx([0, 4, 4, 4])
 
@@ -502,17 +502,3 @@ def test_half_precision_tensors_that_are_replaced_at_each_step():
         live = {"weight": torch.full((1, 2), 2.0 * step), "count": torch.full((3,), float(step))}
         expected = {name: (value + live[name]) / 2 for name, value in expected.items()}
         assert all(torch.equal(tensor, expected[name]) for name, tensor in average.named_tensors())
-
-
-def test_the_distance_from_a_part_of_the_elements():
-    net = nn.Linear(256, 256, bias=False)
-    with torch.no_grad():
-        net.weight.fill_(1.0)
-    average = WeightAverage(net, Constant(0.5))
-    with torch.no_grad():
-        net.weight.fill_(3.0)
-    average.step()  # the average is 2 everywhere
-    assert average.distance(share=1 / 8) == pytest.approx(1 / 3)
-    for share in (0, 1.5, -1):
-        with pytest.raises(ValueError, match=r"it is the part of the elements to look at, in \(0, 1\]"):
-            average.distance(share=share)

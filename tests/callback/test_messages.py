@@ -1,7 +1,8 @@
 import pytest
 
 from lightning_ema import Constant, Cosine, Equal, Power, Warmup
-from lightning_ema.callback.messages import horizon, still_rising, too_long
+from lightning_ema.callback.messages import still_rising, too_long
+from lightning_ema.schedules.base import horizon
 
 
 def test_horizon():

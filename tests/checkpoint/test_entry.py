@@ -62,6 +62,12 @@ def test_what_changed_in_the_settings():
     ]
 
 
+def test_an_update_that_reads_its_schedule_otherwise_is_a_change():
+    assert changes(STATE, {"decay": "PerUpdate(Warmup(0.9))"}) == [
+        "decay: Warmup(0.9) in the file, PerUpdate(Warmup(0.9)) now"
+    ]
+
+
 def test_where_the_average_lies_does_not_change_it():
     entry = {**STATE, "config": {"device": "cpu", "overlap": False, "buffers": "copy"}}
     now = {"device": "None", "overlap": True, "buffers": "average"}
@@ -69,9 +75,11 @@ def test_where_the_average_lies_does_not_change_it():
 
 
 def test_a_setting_from_python_is_the_one_from_yaml():
-    entry = {"config": {"decay": "[HalfLife(epochs=1.0), Ramp(0.99, 10.0)]", "every_n_steps": 1}}
-    assert changes(entry, {"decay": "[HalfLife(epochs=1), Ramp(0.99, 10)]", "every_n_steps": 1}) == []
-    assert changes(entry, {"decay": "[HalfLife(epochs=1.05), Ramp(0.99, 10)]", "every_n_steps": 10}) != []
+    entry = {"config": {"decay": "[HalfLife(epochs=1.0), ExponentialAnnealing(0.99, 10.0)]", "every_n_steps": 1}}
+    assert changes(entry, {"decay": "[HalfLife(epochs=1), ExponentialAnnealing(0.99, 10)]", "every_n_steps": 1}) == []
+    assert (
+        changes(entry, {"decay": "[HalfLife(epochs=1.05), ExponentialAnnealing(0.99, 10)]", "every_n_steps": 10}) != []
+    )
 
 
 def test_a_file_of_lightnings_own_callback():

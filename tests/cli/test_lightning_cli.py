@@ -15,15 +15,14 @@ from lightning_ema import (
     Annealing,
     Bema,
     Constant,
-    CopyFirst,
     Cosine,
     Debiased,
     Equal,
     ExponentialAnnealing,
     HalfLife,
     InversePower,
+    PerUpdate,
     Power,
-    Ramp,
     Scaled,
     Schedule,
     Shifted,
@@ -81,15 +80,14 @@ def test_every_schedule_comes_out_of_yaml(tmp_path):
         Annealing(0.99, gamma=10),
         Bema(eta=0.3),
         Constant(0.9),
-        CopyFirst(Equal()),
         Cosine(0.5, 1.0, total_steps=10),
         Debiased(0.9),
         Equal(),
         ExponentialAnnealing(0.99, gamma=10, offset=1),
         HalfLife(epochs=2),
         InversePower(0.99, power=0.75),
+        PerUpdate(Then(0.0, at=3, second=Equal())),
         Power(sigma_rel=0.1),
-        Ramp(0.99, tau=10),
         Scaled(Warmup(0.99), batch_factor=2),
         Shifted(Warmup(0.99), by=7),
         Then(0.5, at=3, second=Then(Constant(0.9), at=2, second=Equal())),
@@ -114,21 +112,17 @@ def test_every_argument_can_be_written_in_yaml(tmp_path):
             "second": {"class_path": "lightning_ema.Constant", "init_args": {"decay": 0.99}},
         },
     }
+    once = {"class_path": "lightning_ema.PerUpdate", "init_args": {"schedule": nested}}
     arguments = {
-        "decay": nested, "every_n_steps": 1, "start_step": 2, "start_epoch": 1, "decay_per": "update",
+        "decay": once, "every_n_steps": 1, "start_step": 2, "start_epoch": 1,
         "include": ["net.*"], "exclude": ["net.4.bias"], "include_frozen": True, "buffers": "copy",
         "dtype": "torch.float64", "device": "cpu", "evaluate": "live", "after_fit": "live", "on_nonfinite": "skip",
         "name": "slow", "switch_every": "epoch", "snapshots": {"dirpath": "there", "every_n_steps": 7, "keep": 9},
     }  # fmt: skip
     callback = callback_of(cli(config(tmp_path, **arguments), run=False))
     settings = callback.settings
-    assert settings.decay == Then(0.5, at=3, second=Constant(0.99))
-    assert (settings.start_step, settings.decay_per, settings.include, settings.exclude) == (
-        2,
-        "update",
-        ("net.*",),
-        ("net.4.bias",),
-    )
+    assert settings.decay == PerUpdate(Then(0.5, at=3, second=Constant(0.99)))
+    assert (settings.start_step, settings.include, settings.exclude) == (2, ("net.*",), ("net.4.bias",))
     assert (settings.dtype, settings.device) == (torch.float64, torch.device("cpu"))
     assert (settings.include_frozen, settings.buffers, settings.on_nonfinite) == (True, "copy", "skip")
     assert (callback.switch_every, callback.snapshots) == ("epoch", Snapshots("there", every_n_steps=7, keep=9))

@@ -235,9 +235,9 @@ class TestPure:
         assert conclusions(middle, middle[0], "max", newest, 10)[-1].startswith("It is the shortest scored.")
         assert conclusions(middle, middle[2], "max", newest, 10)[-1].startswith("It is the longest scored.")
         assert len(conclusions(middle[:1], middle[0], "max", newest, 10)) == 2
-        other = replace(newest, start_step=50, config={"every_n_steps": 5, "decay_per": "update"})
+        other = replace(newest, start_step=50, config={"every_n_steps": 5})
         assert (
-            "(decay=Constant(0.9), start_step=50, every_n_steps=5, decay_per='update')"
+            "(decay=Constant(0.9), start_step=50, every_n_steps=5)"
             in conclusions(middle, middle[1], "min", other, 249)[1]
         )
 

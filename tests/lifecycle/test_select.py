@@ -12,8 +12,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_ema import Constant, Schedule, Warmup, export_average
-from lightning_ema.callback.messages import chosen
+from lightning_ema import Bema, Constant, PerUpdate, Schedule, Warmup, export_average
+from lightning_ema.evaluation.passes import chosen
 from lightning_ema.evaluation.selection import best_of
 from lightning_ema.interop.export import describe
 
@@ -151,6 +151,9 @@ def test_averages_that_the_warm_up_still_makes_the_same_are_said_to_be_it(caplog
         ([Warmup(0.9), Warmup(0.99)], 79, True),  # 80 / 89 is below 0.9, 82 / 91 above
         ([Warmup(0.9), Warmup(0.99)], 81, False),
         ([Warmup(0.9), Warmup(0.99, offset=20)], 5, False),
+        ([PerUpdate(Warmup(0.9)), PerUpdate(Warmup(0.99))], 79, True),
+        ([PerUpdate(Warmup(0.9)), Warmup(0.99)], 79, False),  # they differ where an update covers several steps
+        ([PerUpdate(Constant(0.9)), PerUpdate(Bema())], 5, False),
         ([Constant(0.9), Warmup(0.9)], 500, False),  # their scores may be equal, as those of accuracy often are
         ([Constant(0.9), Constant(0.99)], 5, False),
     ],

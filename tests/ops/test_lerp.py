@@ -14,9 +14,7 @@ from lightning_ema.ops.lerp import (
     lerp_alike_,
     lerp_cast_,
     lerp_reference_,
-    ratio,
     relative_distance,
-    sampled_norms,
     squared_norms,
 )
 
@@ -207,24 +205,6 @@ def test_distance_of_mixed_kinds_is_that_of_each_in_its_own_precision():
     assert squared_norms(averages, lives)[0].item() == pytest.approx(2e-24, rel=1e-3)
     lives[2] = torch.full((2, 2), 3 + 4j, dtype=torch.cfloat)
     assert squared_norms(averages, lives).tolist() == pytest.approx([100, 105])
-
-
-@pytest.mark.parametrize("share", [1.0, 0.1, 1 / 128])
-def test_a_sample_tells_the_distance_of_tensors_that_vary_little_along_the_way(share):
-    torch.manual_seed(0)
-    lives = [torch.randn(1000, 1000), torch.randn(64, 3, 7, 7), torch.randn(10), torch.randn(300, 300).t()]
-    averages = [live + 0.1 * torch.randn(live.shape) for live in lives]
-    exact = relative_distance(averages, lives)
-    assert exact == pytest.approx(0.1, rel=0.01)
-    sampled = [ratio(sampled_norms(averages, lives, share)) for _ in range(2)]
-    assert sampled[0] == pytest.approx(exact, rel=1e-4 if share == 1 else 0.05)
-    assert sampled[0] == sampled[1]
-
-
-def test_a_sample_weighs_runs_for_what_they_stand_for():
-    # 1,000 elements read whole and 64,000 sampled: 1 * 1000 + 4 * 64000 over 1 * 1000 + 16 * 64000
-    lives, averages = [torch.ones(1000), torch.full((64_000,), 4.0)], [torch.zeros(1000), torch.full((64_000,), 2.0)]
-    assert ratio(sampled_norms(averages, lives, 1 / 128)) == pytest.approx((257 / 1025) ** 0.5, rel=1e-6)
 
 
 def test_the_private_function_of_torch_is_still_there():

@@ -18,7 +18,7 @@ from peers import (
 )
 from trajectory import STATES, assert_follows
 
-from lightning_ema import Constant, recipes
+from lightning_ema import Constant, PerUpdate, recipes
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what the packages and a Trainer have to say of themselves
 
@@ -165,7 +165,9 @@ def test_torch_swa(use_buffers, every, start):
 @pytest.mark.parametrize("first", [1, 6])
 def test_torch_averaged_model(use_buffers, every, first):
     recipe = recipes.torch_averaged_model(0.9, use_buffers) | {"start_step": first, "every_n_steps": every}
-    assert_follows(Torch(0.9, use_buffers, first, every), recipe | {"decay_per": "update"}, compare_from=first)
+    assert_follows(
+        Torch(0.9, use_buffers, first, every), recipe | {"decay": PerUpdate(recipe["decay"])}, compare_from=first
+    )
 
 
 @needs_weight_averaging
@@ -188,5 +190,5 @@ def test_nemo(decay):
 def test_nemo_at_an_interval_begins_with_the_first_step():
     """Its updates come after the steps 1, 4, 7, ...: those of an average that counted two before."""
     system = nemo_ema(decay=0.8, every_n_steps=3)
-    ours = {"decay": Constant(0.8), "buffers": "copy", "every_n_steps": 3, "decay_per": "update"}
+    ours = {"decay": PerUpdate(0.8), "buffers": "copy", "every_n_steps": 3}
     assert_follows(system, ours, make=system.make, walk=system.walk, counted_before=2)

@@ -11,6 +11,7 @@ from lightning_ema import (
     Debiased,
     Equal,
     HalfLife,
+    PerUpdate,
     Power,
     Schedule,
     Snapshots,
@@ -123,24 +124,29 @@ class TestExactness:
 
     @pytest.mark.parametrize("chunk", [7, 1 << 16])
     @pytest.mark.parametrize(
-        ("settings", "step"),
+        ("tracked_once", "wanted_once", "settings", "step"),
         [
-            ({}, lambda i: 1),
-            ({"every_n_steps": 5}, lambda i: 1),
-            ({"decay_per": "update", "every_n_steps": 3, "start_step": 11}, lambda i: 1),
-            ({}, lambda i: (1, 4, 2, 7, 7)[i % 5]),
+            (False, False, {}, lambda i: 1),
+            (False, False, {"every_n_steps": 5}, lambda i: 1),
+            (True, True, {"every_n_steps": 3, "start_step": 11}, lambda i: 1),
+            (True, False, {"every_n_steps": 3, "start_step": 11}, lambda i: 1),
+            (False, False, {}, lambda i: (1, 4, 2, 7, 7)[i % 5]),
         ],
-        ids=["every step", "interval", "per update", "irregular"],
+        ids=["every step", "interval", "per update", "the tracked ones per update", "irregular"],
     )
     @pytest.mark.parametrize(
         "wanted", [Power(sigma_rel=0.08), Debiased(0.99), Then(0.5, at=70, second=Equal())], ids=repr
     )
-    def test_against_full_profiles(self, wanted, settings, step, chunk, tmp_path, monkeypatch):
+    def test_against_full_profiles(
+        self, wanted, tracked_once, wanted_once, settings, step, chunk, tmp_path, monkeypatch
+    ):
         monkeypatch.setattr("lightning_ema.posthoc.combination.LARGEST_RESIDUAL", 10.0)
-        (average, _), (direct,) = train(small(), tmp_path, [wanted], 120, 21, step=step, **settings)
+        wanted = PerUpdate(wanted) if wanted_once else wanted
+        tracked = [PerUpdate(schedule) for schedule in TRACKED] if tracked_once else TRACKED
+        (average, _), (direct,) = train(small(), tmp_path, [wanted], 120, 21, 0, tracked, step, **settings)
         write(Snapshots(tmp_path, every_n_steps=21, keep=1000), [average, _])
         (paths,) = files_in(tmp_path).values()
-        whole = profile(wanted, Timeline(average.history.stretches), settings.get("decay_per", "step"))
+        whole = profile(wanted, Timeline(average.history.stretches))
         columns = []
         for path in paths:
             for history in read(path).histories:

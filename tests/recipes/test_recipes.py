@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from trajectory import Reference, assert_follows
 
 import lightning_ema
-from lightning_ema import Constant, EMACallback, WeightAverage, recipes
+from lightning_ema import Constant, EMACallback, PerUpdate, WeightAverage, recipes
 from lightning_ema.recipes.openmmlab import LinearMomentum
 
 pytestmark = pytest.mark.filterwarnings("ignore:every_n_steps")  # followed systems count decays by updates
@@ -507,5 +507,5 @@ def test_a_recipe_can_be_added_to():
 
 
 def test_a_momentum_of_one_copies_and_of_zero_keeps():
-    assert recipes.mmengine_ema(momentum=1)["decay"] == Constant(0)
-    assert recipes.mmengine_ema(momentum=0)["decay"] == Constant(1)
+    assert recipes.mmengine_ema(momentum=1)["decay"] == PerUpdate(Constant(0))
+    assert recipes.mmengine_ema(momentum=0)["decay"] == PerUpdate(Constant(1))

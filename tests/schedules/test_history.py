@@ -5,7 +5,7 @@ import torch
 from helpers import Regression
 from torch import nn
 
-from lightning_ema import Constant, Equal, Power, Schedule, WeightAverage
+from lightning_ema import Constant, Equal, PerUpdate, Power, Schedule, WeightAverage
 from lightning_ema.schedules.history import History, joined, shortened
 
 
@@ -102,10 +102,11 @@ def test_another_schedule_after_a_resume_opens_a_stretch_and_the_same_one_does_n
 
 
 def test_another_way_of_counting_opens_a_stretch():
-    other = followed([], decay=Constant(0.5), decay_per="update")
+    other = followed([], decay=PerUpdate(Constant(0.5)))
     other.load_state_dict(followed([1, 1], decay=Constant(0.5)).state_dict())
     other.step()
-    assert [s.decay_per for s in other.history.stretches] == ["step", "update"]
+    once = "PerUpdate(schedule=Constant(decay=0.5))"
+    assert [stretch.decay for stretch in other.history.stretches] == ["Constant(decay=0.5)", once]
 
 
 def test_a_schedule_of_ones_own_is_recorded_under_a_text_that_no_one_reads_as_ours():
@@ -123,7 +124,7 @@ def test_shortened_is_what_the_history_was_then():
     history, before = History(), {}
     schedules = [Constant(0.5), Power(sigma_rel=0.1)]
     for number, (gap, which) in enumerate([(1, 0), (1, 0), (4, 0), (4, 1), (4, 1), (2, 1)], 1):
-        history.record(gap, schedules[which], "step")
+        history.record(gap, schedules[which])
         before[number] = copy.deepcopy(history.stretches)
     for number, stretches in before.items():
         assert shortened(history.stretches, number) == stretches

@@ -8,11 +8,11 @@ from torch import nn
 from lightning_ema import (
     Annealing,
     Constant,
-    CopyFirst,
     Cosine,
     Debiased,
     Equal,
     HalfLife,
+    PerUpdate,
     Power,
     Scaled,
     Schedule,
@@ -26,8 +26,10 @@ from lightning_ema.schedules.profiles import Timeline, ages, every, mean_age, pr
 
 SCHEDULES = [
     Constant(0.9), Warmup(0.95), HalfLife(steps=4), Cosine(0.9, 1.0, total_steps=40), Power(sigma_rel=0.1), Equal(),
-    Debiased(0.9), CopyFirst(0.9), Then(0.0, at=17, second=Equal()), Scaled(0.99, batch_factor=3), Annealing(0.99, 2.0),
+    Debiased(0.9), Then(0.0, at=1, second=0.9), Then(0.0, at=17, second=Equal()), Scaled(0.99, batch_factor=3),
+    Annealing(0.99, 2.0),
 ]  # fmt: skip
+SCHEDULES += [PerUpdate(schedule) for schedule in SCHEDULES]
 
 
 def one_hot(gaps, schedule, **settings):
@@ -42,30 +44,28 @@ def one_hot(gaps, schedule, **settings):
     return weights[0], average
 
 
-@pytest.mark.parametrize("decay_per", ["step", "update"])
 @pytest.mark.parametrize("gaps", [[1] * 40, [5] * 8, [1, 1, 7, 2, 2, 2, 13, 1, 6]], ids=["one", "five", "irregular"])
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
 @pytest.mark.parametrize("chunk", [3, 1 << 16])
-def test_a_profile_is_what_unit_vectors_leave_in_an_average(schedule, gaps, decay_per, chunk, monkeypatch):
+def test_a_profile_is_what_unit_vectors_leave_in_an_average(schedule, gaps, chunk, monkeypatch):
     monkeypatch.setattr(module, "CHUNK", chunk)
-    seen, average = one_hot(gaps, schedule, decay_per=decay_per)
+    seen, average = one_hot(gaps, schedule)
     timeline = Timeline(average.history.stretches)
     assert timeline.steps(0, len(gaps)).tolist() == list(itertools.accumulate(gaps))
-    computed = profile(schedule, timeline, decay_per)
+    computed = profile(schedule, timeline)
     assert torch.allclose(computed, seen, rtol=0, atol=1e-15)
     assert abs(computed.sum() - 1) < 1e-14
 
 
-@pytest.mark.parametrize("decay_per", ["step", "update"])
 @pytest.mark.parametrize("gaps", [[1] * 40, [1, 1, 7, 2, 2, 2, 13, 1, 6]], ids=["one", "irregular"])
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
 @pytest.mark.parametrize("chunk", [3, 1 << 16])
-def test_ages_are_those_of_the_whole_profile(schedule, gaps, decay_per, chunk, monkeypatch):
+def test_ages_are_those_of_the_whole_profile(schedule, gaps, chunk, monkeypatch):
     monkeypatch.setattr(module, "CHUNK", chunk)
-    seen, average = one_hot(gaps, schedule, decay_per=decay_per)
+    seen, average = one_hot(gaps, schedule)
     before = torch.tensor([sum(gaps), *(sum(gaps[i:]) for i in range(1, len(gaps) + 1))], dtype=torch.float64)
     timeline = Timeline(average.history.stretches)
-    for made_of in (ages(timeline), ages(timeline, schedule, decay_per)):
+    for made_of in (ages(timeline), ages(timeline, schedule)):
         assert made_of.mean == pytest.approx(float(seen @ before), abs=1e-6)
         assert made_of.start == pytest.approx(float(seen[0]), abs=1e-7)
 
@@ -128,7 +128,7 @@ def test_sigma_rel_is_the_width_of_the_profile():
 
 
 def test_updates_until_a_step():
-    stretch = Stretch("", "step")
+    stretch = Stretch("")
     for gap, count in ((2, 3), (5, 2)):  # steps 2, 4, 6, 11, 16
         stretch.add(gap, count)
     timeline = Timeline([stretch])

@@ -14,16 +14,15 @@ from lightning_ema import (
     Annealing,
     Bema,
     Constant,
-    CopyFirst,
     Cosine,
     Debiased,
     Equal,
     ExponentialAnnealing,
     HalfLife,
     InversePower,
+    PerUpdate,
     Plan,
     Power,
-    Ramp,
     Scaled,
     Schedule,
     Shifted,
@@ -44,7 +43,7 @@ FORMULAS = {
     "tensorflow num_updates": (Warmup(0.999), lambda n: min(0.999, (1 + n) / (10 + n))),
     "warm-up offset": (Warmup(0.99, offset=30), lambda n: min(0.99, (1 + n) / (30 + n))),
     "composer half-life": (HalfLife(steps=40), lambda n: 2 ** (-1 / 40)),
-    "yolo": (Ramp(0.9999, tau=2000), lambda n: 0.9999 * (1 - math.exp(-n / 2000))),
+    "yolo": (ExponentialAnnealing(0.9999, gamma=2000), lambda n: 0.9999 * (1 - math.exp(-n / 2000))),
     "mmengine annealing": (Annealing(0.9998, gamma=100), lambda n: 1 - max(2e-4, 100 / (100 + n))),
     "mmdet 3 exponential": (
         ExponentialAnnealing(0.9998, gamma=2000, offset=1),
@@ -66,18 +65,26 @@ FORMULAS = {
     "edm2 power": (Power(gamma=6.94), lambda n: (1 - 1 / n) ** 7.94),
     "swa": (Equal(), lambda n: 1 - 1 / n),
     "optax debias": (Debiased(0.9), lambda n: 1 - (1 - 0.9) / (1 - 0.9**n)),
-    "torch AveragedModel": (CopyFirst(0.9), lambda n: 0.0 if n == 1 else 0.9),
-    "copy, then annealing": (CopyFirst(Annealing(0.99, 10)), lambda n: 1 - max(0.01, 10 / (10 + n - 1))),
+    "torch AveragedModel": (Then(0.0, at=1, second=0.9), lambda n: 0.0 if n == 1 else 0.9),
+    "copy, then annealing": (
+        Then(0.0, at=1, second=Annealing(0.99, 10)),
+        lambda n: 1 - max(0.01, 10 / (10 + n - 1)),
+    ),
     "mean teacher": (Then(0.99, at=100, second=0.999), lambda n: 0.99 if n <= 100 else 0.999),
     "then counts anew": (Then(0.5, at=3, second=Equal()), lambda n: 0.5 if n <= 3 else 1 - 1 / (n - 3)),
-    "goes on": (Shifted(Ramp(0.9999, tau=2000), by=500), lambda n: 0.9999 * (1 - math.exp(-(n + 500) / 2000))),
+    "goes on": (
+        Shifted(ExponentialAnnealing(0.9999, gamma=2000), by=500),
+        lambda n: 0.9999 * (1 - math.exp(-(n + 500) / 2000)),
+    ),
     "longer than the run": (
         Cosine(0.996, 1.0, total_steps=100, extra_steps=5),
         lambda n: 1 - (1 - 0.996) * (math.cos(math.pi * min(n, 105) / 105) + 1) / 2,
     ),
     "bema": (Bema(kappa=0.6, rho=4, gamma=2), lambda n: 1 - (4 + 2 * n) ** -0.6),
     "batch of four": (Scaled(Warmup(0.99), 4), lambda n: min(0.99, (1 + n) / (10 + n)) ** 4),
+    "once for each update": (PerUpdate(Warmup(0.99)), lambda n: min(0.99, (1 + n) / (10 + n))),
 }
+PER_STEP = [case for case, (schedule, _) in FORMULAS.items() if not isinstance(schedule, PerUpdate)]
 
 
 @pytest.mark.parametrize("case", FORMULAS)
@@ -88,7 +95,7 @@ def test_decay_is_that_of_the_published_formula(case):
         assert 0 <= schedule(n) <= 1
 
 
-@pytest.mark.parametrize("case", FORMULAS)
+@pytest.mark.parametrize("case", PER_STEP)
 @pytest.mark.parametrize(("after", "upto"), [(0, 1), (0, 5), (1, 3), (4, 4), (2, 90), (95, 105), (60, 1200)])
 def test_product_is_that_of_the_single_decays(case, after, upto):
     schedule, formula = FORMULAS[case]
@@ -162,7 +169,7 @@ LOGARITHMS = {  # of the decays of closed-form products, accurate where the deca
     "equal": (Equal(), lambda n: np.log1p(-1 / n)),
     "debiased": (Debiased(0.9999), log_debiased(0.9999)),
     "debiased, barely below 1": (Debiased(1 - 1e-8), log_debiased(1 - 1e-8)),
-    "copy, then equal": (CopyFirst(Equal()), lambda n: np.log1p(-1 / (n - 1))),
+    "copy, then equal": (Then(0.0, at=1, second=Equal()), lambda n: np.log1p(-1 / (n - 1))),
     "then": (
         Then(0.99999, at=9_500_000, second=HalfLife(steps=1000)),
         lambda n: np.where(n <= 9_500_000, math.log(0.99999), -math.log(2) / 1000),
@@ -267,7 +274,7 @@ AGES = {  # schedule, step, mean age as its docstring states it, tolerance
     "warm-up, over": (Warmup(0.95), 5000, 19, 1e-9),
     "half-life": (HalfLife(steps=50), 3000, 1 / (2 ** (1 / 50) - 1), 1e-9),
     "half-life, in short": (HalfLife(steps=50), 3000, 50 / math.log(2) - 1 / 2, 0.01),
-    "ramp": (Ramp(0.98, tau=20), 3000, 49, 1e-9),
+    "exponential, from its beginning": (ExponentialAnnealing(0.98, gamma=20), 3000, 49, 1e-9),
     "annealing, growing": (Annealing(0.9999, gamma=20), 500, 500 / 21, 1e-9),
     "annealing, over": (Annealing(0.9, gamma=20), 2000, 9, 1e-9),
     "exponential": (ExponentialAnnealing(0.98, gamma=20, offset=1), 3000, 49, 1e-9),
@@ -279,7 +286,7 @@ AGES = {  # schedule, step, mean age as its docstring states it, tolerance
     "power by its width": (Power(sigma_rel=0.1), 1000, 1000 / (6.937 + 2) - 1 / 2, 0.01),
     "equal": (Equal(), 333, 332 / 2, 1e-9),
     "debiased": (Debiased(0.99), 150, 99 - 150 * 0.99**150 / (1 - 0.99**150), 1e-9),
-    "copy first": (CopyFirst(Annealing(0.9999, gamma=20)), 501, 500 / 21, 1e-9),
+    "copy first": (Then(0.0, at=1, second=Annealing(0.9999, gamma=20)), 501, 500 / 21, 1e-9),
     "then": (Then(Equal(), at=30, second=0.95), 2000, 19, 1e-9),
     "scaled": (Scaled(0.99, 4), 2000, 0.99**4 / (1 - 0.99**4), 1e-9),
     "scaled, about": (Scaled(0.9999, 4), 60_000, 9999 / 4, 2),
@@ -325,6 +332,38 @@ def test_debiased_gives_the_first_state_before_the_start_no_weight():
     assert weights == pytest.approx(expected, abs=1e-15)
 
 
+class TestPerUpdate:
+    def test_an_update_reads_the_schedule_once_at_its_last_step(self):
+        assert PerUpdate(0.9).product(0, 5) == 0.9  # without it 0.9 ** 5
+        assert PerUpdate(Equal()).product(2, 8) == 7 / 8  # without it 2 / 8
+        assert PerUpdate(Warmup(0.99)).product(3, 10) == 11 / 20
+        assert PerUpdate(0.9).product(5, 5) == 1  # no step, so nothing is forgotten
+
+    def test_a_number_is_a_constant_and_the_limit_is_that_of_the_schedule(self):
+        assert PerUpdate(0.9)(1) == PerUpdate(0.9)(1000) == PerUpdate(0.9).limit == 0.9
+        assert PerUpdate(Then(0.0, at=3, second=0.99)).limit == 0.99
+        assert PerUpdate(Equal()).limit == 1
+
+    def test_a_correction_is_that_of_the_schedule(self):
+        assert not PerUpdate(0.9).corrects and PerUpdate(0.9).bias(90) == 0
+        assert PerUpdate(Bema()).corrects and PerUpdate(Bema()).bias(90) == Bema().bias(90) > 0
+
+    @pytest.mark.parametrize("once", [PerUpdate(0.9), PerUpdate(Bema())], ids=repr)
+    @pytest.mark.parametrize(
+        "around",
+        [
+            lambda s: Then(s, 5, 0.9),
+            lambda s: Then(0.9, 5, s),
+            lambda s: Shifted(s, 2),
+            lambda s: Scaled(s, 2),
+            PerUpdate,
+        ],
+    )
+    def test_it_stands_outermost(self, around, once):
+        with pytest.raises(ValueError, match=r"^PerUpdate\(.*Write it once, outermost, for instance PerUpdate\(Then\("):
+            around(once)
+
+
 class TestWhatTheRunFillsIn:
     plan = Plan(total_steps=100, steps_per_epoch=20, samples_per_step=64)
 
@@ -346,13 +385,16 @@ class TestWhatTheRunFillsIn:
         assert HalfLife(samples=640).bind(self.plan) == HalfLife(steps=10)
 
     def test_composed_schedules_pass_on_their_own_part_of_the_run(self):
-        assert CopyFirst(Cosine(0.9, 1.0)).bind(self.plan) == CopyFirst(Cosine(0.9, 1.0, total_steps=99))
+        copied = Then(0.0, at=1, second=Cosine(0.9, 1.0)).bind(self.plan)
+        assert copied == Then(0.0, at=1, second=Cosine(0.9, 1.0, total_steps=99))
         bound = Then(Cosine(0.5, 0.9), at=30, second=Cosine(0.9, 1.0)).bind(self.plan)
         assert bound == Then(Cosine(0.5, 0.9, total_steps=30), at=30, second=Cosine(0.9, 1.0, total_steps=70))
         assert Scaled(HalfLife(epochs=1), 2).bind(self.plan) == Scaled(HalfLife(steps=20), 2)
+        assert PerUpdate(Cosine(0.9, 1.0)).bind(self.plan) == PerUpdate(Cosine(0.9, 1.0, total_steps=100))
+        assert PerUpdate(0.9).bind(self.plan) == PerUpdate(0.9)
 
     @pytest.mark.parametrize(
-        "schedule", [Cosine(0.9, 1.0), HalfLife(epochs=1), HalfLife(samples=9), CopyFirst(Cosine(0.5, 1))]
+        "schedule", [Cosine(0.9, 1.0), HalfLife(epochs=1), HalfLife(samples=9), Then(0.0, 1, Cosine(0.5, 1))]
     )
     def test_what_the_run_does_not_know_is_refused_with_the_remedy(self, schedule):
         with pytest.raises(ValueError, match=r"needs the .* this run does not know .*Write it in steps"):
@@ -377,7 +419,7 @@ BAD = [
     (lambda: Warmup(0.9, offset=math.inf), "offset is inf; it must be a positive, finite"),
     (lambda: Power(sigma_rel="a"), "sigma_rel is 'a'; it must be a positive"),
     (lambda: Power(gamma=True), "gamma is True"),
-    (lambda: Ramp(0.9, tau=0), "tau is 0; it must be a positive"),
+    (lambda: ExponentialAnnealing(0.9, gamma=0), "gamma is 0; it must be a positive"),
     (lambda: Annealing(0.9, gamma=-1), "gamma is -1"),
     (lambda: ExponentialAnnealing(0.9, 10, offset=-1), "offset is -1"),
     (lambda: Cosine(0.9, 1.5), "end is 1.5; it must lie in"),
@@ -395,7 +437,8 @@ BAD = [
     (lambda: Then(0.9, at=0, second=0.99), "at is 0; it must be at least 1"),
     (lambda: Then(0.9, at=5, second=2), "decay is 2; it must lie in"),
     (lambda: Scaled(0.9, -4), "batch_factor is -4"),
-    (lambda: CopyFirst(7), "decay is 7"),
+    (lambda: Then(0.0, at=1, second=7), "decay is 7"),
+    (lambda: PerUpdate(7), "decay is 7"),
 ]
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import lightning_ema
-from lightning_ema import Constant, Cosine, Equal, HalfLife, Power, Scaled, Schedule, Then, Warmup
+from lightning_ema import Constant, Cosine, Equal, HalfLife, PerUpdate, Power, Scaled, Schedule, Then, Warmup
 from lightning_ema.schedules.text import SCHEDULES, read_schedule, write_schedule
 
 
@@ -24,6 +24,8 @@ def test_every_public_schedule_can_be_spelled():
         ("HalfLife(steps=1e3, epochs=None)", HalfLife(steps=1000.0)),
         ("Then(0.0, at=3, second=Scaled(Equal(), 2))", Then(0.0, at=3, second=Scaled(Equal(), batch_factor=2))),
         ("Power(sigma_rel=0.1, gamma=None)", Power(sigma_rel=0.1)),
+        ("PerUpdate(Then(0.0, at=3, second=0.9))", PerUpdate(Then(0.0, at=3, second=0.9))),
+        ("PerUpdate(0.9)", PerUpdate(0.9)),
     ],
 )
 def test_text_is_read_as_python_reads_it(text, schedule):
@@ -57,6 +59,7 @@ def test_numbers_come_back_to_the_last_bit():
         ("Constant(momentum=0.9)", "momentum"),
         ("Then(None, at=3, second=0.9)", "decay is None"),
         ("Constant(1.5)", r"must lie in \[0, 1\]"),
+        ("Scaled(PerUpdate(0.9), 2)", "Write it once, outermost"),
         ("-0.5", r"must lie in \[0, 1\]"),
         ("(" * 300 + "1" + ")" * 300, "cannot be read"),
     ],

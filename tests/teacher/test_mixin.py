@@ -16,7 +16,17 @@ from taught import Manual, Path, Taught, network, path
 from torch import nn
 from torchmetrics import MeanSquaredError
 
-from lightning_ema import Bema, Constant, EMACallback, MeanTeacherConfig, MeanTeacherMixin, Then, Warmup, for_both
+from lightning_ema import (
+    Bema,
+    Constant,
+    EMACallback,
+    MeanTeacherConfig,
+    MeanTeacherMixin,
+    PerUpdate,
+    Then,
+    Warmup,
+    for_both,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -533,8 +543,8 @@ class TestRefusals:
             ({"decay": 1.5}, r"decay is 1.5; it must lie in \[0, 1\]"),
             ({"decay": [0.9, 0.99]}, "a teacher is one average"),
             ({"decay": Bema()}, "a teacher is one average"),
+            ({"decay": PerUpdate(Bema())}, "a teacher is one average"),
             ({"every_n_steps": 0}, "every_n_steps is 0"),
-            ({"decay_per": "epoch"}, "decay_per is 'epoch'"),
             ({"burn_in_steps": -1}, "burn_in_steps is -1"),
             ({"buffers": "average "}, "buffers is 'average '; accepted are 'ignore', 'copy', 'average'"),
             ({"teacher_mode": "test"}, "teacher_mode is 'test'; accepted are 'eval', 'train'"),
@@ -612,6 +622,9 @@ def test_the_schedule_counts_after_the_burn_in():
     config = MeanTeacherConfig(decay=0.99, burn_in_steps=10)
     assert config.schedule == Then(0.0, at=10, second=Warmup(0.99))
     assert MeanTeacherConfig(decay=Constant(0.9)).schedule == Constant(0.9)
+    config = MeanTeacherConfig(decay=PerUpdate(0.99), burn_in_steps=10)
+    assert config.schedule == PerUpdate(Then(0.0, at=10, second=0.99))
+    assert MeanTeacherConfig(decay=PerUpdate(0.9)).schedule == PerUpdate(0.9)
 
 
 class TestReport:

@@ -7,7 +7,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningCLI
 from taught import Taught
 
-from lightning_ema import Constant, MeanTeacherConfig, Then
+from lightning_ema import Constant, MeanTeacherConfig, PerUpdate, Then
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -33,10 +33,10 @@ class Data(LightningDataModule):
 
 
 CONSTANT = {"class_path": "lightning_ema.Constant", "init_args": {"decay": 0.9}}
+THEN = {"class_path": "lightning_ema.Then", "init_args": {"first": 0.5, "at": 3, "second": CONSTANT}}
 ALL = {
-    "decay": {"class_path": "lightning_ema.Then", "init_args": {"first": 0.5, "at": 3, "second": CONSTANT}},
+    "decay": {"class_path": "lightning_ema.PerUpdate", "init_args": {"schedule": THEN}},
     "every_n_steps": 1,
-    "decay_per": "update",
     "burn_in_steps": 2,
     "buffers": "copy",
     "teacher_mode": "train",
@@ -55,7 +55,7 @@ def test_all_settings_are_reachable_and_it_trains(kind, tmp_path):
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     made = LightningCLI(kind, Data, args=["fit", f"--config={tmp_path / 'config.yaml'}"], save_config_callback=None)
-    expected = {**ALL, "decay": Then(0.5, at=3, second=Constant(0.9))}
+    expected = {**ALL, "decay": PerUpdate(Then(0.5, at=3, second=Constant(0.9)))}
     assert made.model.mean_teacher == MeanTeacherConfig(**expected)
     assert made.model.teacher_callback.num_steps == 12
     assert set(ALL) == set(vars(MeanTeacherConfig()))
