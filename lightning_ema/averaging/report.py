@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lightning_ema.averaging.settings import DecayPer
 from lightning_ema.averaging.tracker import Tracker
-from lightning_ema.callback.messages import horizon
+from lightning_ema.schedules.base import PerUpdate, horizon
 from lightning_ema.schedules.profiles import Ages, Timeline, ages
 
 REACHED = 0.9
@@ -208,7 +207,7 @@ def facts_of(tracker: Tracker, place: int) -> Facts:
         started=tracker.started,
         start_step=tracker.start_step,
         every_n_steps=tracker.settings.every_n_steps,
-        decay_per=tracker.settings.decay_per,
+        steps_per_decay=tracker.settings.every_n_steps if isinstance(schedule, PerUpdate) else 1,
         decay=tracker.decay(place),
         limit=schedule.limit,
         ages=_ages(tracker, place),
@@ -222,9 +221,9 @@ def _ages(tracker: Tracker, place: int) -> Ages | None:
     since = tracker.last_update_step - tracker.start_step
     if tracker.num_updates == 0 or history.num_steps != since or schedule.corrects:
         return None
-    one = history.follows(schedule, tracker.settings.decay_per)
+    one = history.follows(schedule)
     try:
-        made_of = ages(Timeline(history.stretches), schedule if one else None, tracker.settings.decay_per)
+        made_of = ages(Timeline(history.stretches), schedule if one else None)
     except ValueError:  # some updates were made under a schedule of another package, before this run
         return None
     return replace(made_of, mean=made_of.mean + tracker.num_steps - tracker.last_update_step)

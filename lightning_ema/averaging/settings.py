@@ -16,7 +16,6 @@ from lightning_ema.schedules.base import PerUpdate, Schedule, horizon
 from lightning_ema.schedules.basic import Warmup
 from lightning_ema.schedules.text import as_whole
 
-DecayPer = Literal["step", "update"]
 OnNonfinite = Literal["skip", "raise", "ignore"]
 
 
@@ -80,7 +79,6 @@ class Settings:
         decays = as_schedules(decay)
         check_count(every_n_steps, "every_n_steps", at_least=1)
         check_count(start_step, "start_step", at_least=0)
-        check_choice(decay_per, "decay_per", get_args(DecayPer))
         if buffers == "recalibrate" or isinstance(buffers, Recalibrate):
             raise ValueError(
                 f"buffers={buffers!r} needs training batches, which EMACallback takes from its Trainer. In a loop of "

@@ -205,7 +205,6 @@ class TensorSet:
         try:
             for held in reversed(below):
                 _pause(held)
-            live = place is None or self._tracked.num_updates == 0
             with (
                 nullcontext()
                 if place is None or self._tracked.num_updates == 0

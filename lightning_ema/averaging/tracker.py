@@ -19,7 +19,7 @@ from lightning_ema.checkpoint.state import COUNTERS
 from lightning_ema.distributed.dtensor import Groups, all_across, is_sharded, local, sum_across
 from lightning_ema.distributed.partition import Reconcile, everyone, is_first, processes
 from lightning_ema.ops.lerp import all_finite, corrected, ratio, squared_norms
-from lightning_ema.schedules.basic import Plan, Schedule
+from lightning_ema.schedules.base import Plan, Schedule
 from lightning_ema.schedules.history import History
 
 
@@ -129,7 +129,7 @@ class Tracker:
         self.num_updates += 1
         self.last_update_step = self.num_steps
         for place, history in enumerate(self.histories):
-            history.record(upto - after, self.schedules[place], self.settings.decay_per)
+            history.record(upto - after, self.schedules[place])
         return True
 
     def _finite(self, lives: list[Tensor]) -> bool:
@@ -139,10 +139,7 @@ class Tracker:
         return finite if self.collectives_off else all_across(finite, together, device)
 
     def _decay(self, schedule: Schedule, after: int, upto: int) -> float:
-        if upto - after == 1 or self.settings.decay_per == "update":
-            decay = schedule(upto)
-        else:
-            decay = schedule.product(after, upto)
+        decay = schedule(upto) if upto - after == 1 else schedule.product(after, upto)
         if not 0 <= decay <= 1:
             raise ValueError(f"{schedule!r} gave the decay {decay!r} at step {upto}; it must lie in [0, 1].")
         return decay

@@ -16,7 +16,7 @@ from lightning_ema.averaging.state_dict import state_of, take_up
 from lightning_ema.averaging.tracker import Tracker
 from lightning_ema.checks import check_flag
 from lightning_ema.ops.step_hooks import as_before_step
-from lightning_ema.schedules.basic import Schedule
+from lightning_ema.schedules.base import Schedule
 
 
 class WeightAverage:
@@ -87,7 +87,6 @@ class WeightAverage:
             decay,
             every_n_steps,
             start_step,
-            "step",
             include,
             exclude,
             include_frozen,

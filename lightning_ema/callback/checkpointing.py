@@ -12,8 +12,8 @@ from lightning_ema.averaging.swap import lasting
 from lightning_ema.averaging.tensor_set import Estimate, write
 from lightning_ema.callback import sharded_files
 from lightning_ema.callback.holder import Holder
-from lightning_ema.callback.messages import adopted, not_returned, other_settings, resumed, save_needs_all
-from lightning_ema.checkpoint.entry import changes, find, foreign, pack, state_key, unpack
+from lightning_ema.callback.messages import adopted, not_returned, resumed, save_needs_all
+from lightning_ema.checkpoint.entry import changes, find, foreign, other_settings, pack, state_key, unpack
 from lightning_ema.evaluation.passes import Passes
 from lightning_ema.modules.batchnorm import statistics_of
 from lightning_ema.modules.named_tensors import Survey

@@ -24,7 +24,7 @@ from lightning_ema.checkpoint.entry import state_key
 from lightning_ema.evaluation.passes import Passes
 from lightning_ema.evaluation.settings import Evaluate
 from lightning_ema.posthoc.snapshots import Snapshots, discard_future, write
-from lightning_ema.schedules.basic import Schedule
+from lightning_ema.schedules.base import Schedule
 from lightning_ema.trainer import facts, training_batches
 
 

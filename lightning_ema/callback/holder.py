@@ -15,7 +15,7 @@ from lightning_ema.averaging.weight_average import WeightAverage, tracker_of
 from lightning_ema.callback.messages import partitioned_among_others, still_rising, too_long
 from lightning_ema.callback.settings import CallbackSettings
 from lightning_ema.posthoc.snapshots import Snapshots, take
-from lightning_ema.schedules.basic import Plan
+from lightning_ema.schedules.base import Plan
 from lightning_ema.trainer import facts, training_batches
 from lightning_ema.trainer.clock import Clock
 

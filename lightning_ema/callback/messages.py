@@ -39,11 +39,6 @@ def introduction(schedules: Sequence[Schedule], sizes: Sequence[int]) -> str:
     )
 
 
-def other_settings(changed: Sequence[str]) -> str:
-    """A warning where a run is resumed with other settings than its file was written with."""
-    return f"the checkpoint was written with other settings; those given now hold: {'; '.join(changed)}."
-
-
 def resumed(steps: int, updates: int) -> str:
     """Said where a run is resumed from a file with an average."""
     return f"goes on at step {steps:,}, {updates:,} updates."

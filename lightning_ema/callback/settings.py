@@ -12,7 +12,7 @@ from lightning_ema.averaging.settings import Buffers, OnNonfinite, Recalibrate, 
 from lightning_ema.checks import check_choice, check_count, check_flag
 from lightning_ema.evaluation.settings import Evaluate, Evaluation
 from lightning_ema.posthoc.snapshots import Snapshots, check_schedule
-from lightning_ema.schedules.basic import Schedule
+from lightning_ema.schedules.base import Schedule
 
 AfterFit = Literal["average", "live"]
 
@@ -60,7 +60,6 @@ class CallbackSettings:
             decay,
             every_n_steps,
             start_step,
-            "step",
             include,
             exclude,
             include_frozen,

@@ -12,7 +12,8 @@ from lightning_ema.averaging.tracker import Tracker
 from lightning_ema.evaluation import extra_pass
 from lightning_ema.evaluation.selection import best_of, score_of
 from lightning_ema.evaluation.settings import Evaluation
-from lightning_ema.schedules.basic import Schedule, Warmup
+from lightning_ema.schedules.base import PerUpdate, Schedule
+from lightning_ema.schedules.basic import Warmup
 from lightning_ema.trainer import facts
 from lightning_ema.trainer.evaluation_loop import Result
 
@@ -151,5 +152,6 @@ def said_of(metric: str, scores: Mapping[str, float], winner: str, schedules: Se
 
 def _same_so_far(first: Schedule, second: Schedule, step: int) -> bool:
     """Whether two averages are the same because both are warmed up alike, and neither has come to its own decay."""
-    alike = isinstance(first, Warmup) and isinstance(second, Warmup) and first.offset == second.offset
-    return first == second or (alike and first(step) == second(step))
+    one, other = (each.schedule if isinstance(each, PerUpdate) else each for each in (first, second))
+    alike = isinstance(one, Warmup) and isinstance(other, Warmup) and one.offset == other.offset
+    return first == second or (alike and type(first) is type(second) and first(step) == second(step))

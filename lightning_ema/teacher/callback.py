@@ -17,8 +17,7 @@ from lightning_ema.averaging.report import facts_of, report
 from lightning_ema.averaging.state_dict import state_of, take_up
 from lightning_ema.averaging.tracker import Tracker
 from lightning_ema.averaging.weight_average import WeightAverage, tracker_of
-from lightning_ema.callback.messages import other_settings
-from lightning_ema.checkpoint.entry import changes
+from lightning_ema.checkpoint.entry import changes, other_settings
 from lightning_ema.modules.batchnorm import statistics_of
 from lightning_ema.modules.named_tensors import Survey
 from lightning_ema.schedules.base import Plan

@@ -55,9 +55,7 @@ class MeanTeacherConfig:
     ramp: Ramp = "sigmoid"
 
     def __post_init__(self) -> None:
-        settings = Settings.checked(
-            self.decay, self.every_n_steps, 0, self.decay_per, None, (), False, "average", None, None, "ignore"
-        )
+        settings = Settings.checked(self.decay, self.every_n_steps, 0, None, (), False, "average", None, None, "ignore")
         if len(settings.decays) > 1 or settings.decay.corrects:
             raise ValueError(
                 f"decay is {self.decay!r}; a teacher is one average, as it is. Write one number or Schedule."

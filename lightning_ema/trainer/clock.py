@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from lightning_ema.schedules.basic import Plan
+from lightning_ema.schedules.base import Plan
 from lightning_ema.trainer import facts
 from lightning_ema.trainer.facts import Pace
 from lightning_ema.trainer.step_counter import StepCounter
