@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_ema.averaging.swap import lasting
 from lightning_ema.averaging.weight_average import WeightAverage
 from lightning_ema.checkpoint.entry import pack, unpack
-from lightning_ema.distributed import dtensor as shards
+from lightning_ema.distributed.base import cut_of
 from lightning_ema.modules.batchnorm import Recalibration
 from lightning_ema.modules.edits import Footprint
 from lightning_ema.modules.named_tensors import Survey
@@ -264,4 +264,4 @@ def write(values: Mapping[str, Tensor], module: nn.Module) -> None:
         tensors = Survey(module).tensors
         with torch.no_grad():
             for name, value in values.items():
-                shards.write(tensors[name], value)
+                cut_of(tensors[name]).write(tensors[name], value)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lightning_ema.averaging.pair import Pair
 from lightning_ema.averaging.storage_swap import StorageLoan
-from lightning_ema.distributed.dtensor import is_sharded, local, version
-from lightning_ema.distributed.partition import Reconcile, reconcile_
+from lightning_ema.distributed.base import cut_of, local
+from lightning_ema.distributed.processes import SyncBuffers, sync_buffers_
 from lightning_ema.modules.named_tensors import Candidate, without_wrappers
 from lightning_ema.ops.lerp import exchange_
 from lightning_ema.ops.step_hooks import as_before_step
@@ -54,7 +54,7 @@ class Loan:
         copy: bool,
         in_place: bool,
         settle: Callable[[], None],
-        reconcile: Reconcile | None,
+        reconcile: SyncBuffers | None,
     ) -> None:
         self._averages = averages
         self._copy = copy
@@ -84,7 +84,7 @@ class Loan:
                     buffers_apart = pair.candidate.is_buffer and self._reconcile is not None
                     self._lend(pair, average, self._copy or buffers_apart, self._in_place, kept.get(pair.name))
                 if self._reconcile is not None:
-                    reconcile_([pair.live.data for pair, _ in stored if pair.candidate.is_buffer], self._reconcile)
+                    sync_buffers_([pair.live.data for pair, _ in stored if pair.candidate.is_buffer], self._reconcile)
         except BaseException:
             self.end()
             raise
@@ -148,7 +148,7 @@ class Loan:
         return plain + [
             name
             for name, lent in self._lent.items()
-            if lent.watched and (_replaced(lent.pair.candidate) or version(lent.pair.live) != lent.version)
+            if lent.watched and (_replaced(lent.pair.candidate) or lent.pair.version != lent.version)
         ]
 
     def average_of(self, pair: Pair) -> Tensor | None:
@@ -178,9 +178,9 @@ class Loan:
         copy = copy or pair.candidate.rewritten or (buffer and not in_place)
         direct = alike and not copy and kept is None
         if pair.exclusive and not in_place:
-            lent = _Lent(pair, average, "storage", tensor.data, watched=direct and pair.share is None)
+            lent = _Lent(pair, average, "storage", tensor.data, watched=direct and pair.cut.stored_as_live)
         elif direct:
-            lent = _Lent(pair, average, "exchange", average, watched=not buffer and pair.share is None)
+            lent = _Lent(pair, average, "exchange", average, watched=not buffer and pair.cut.stored_as_live)
         else:
             lent = _Lent(pair, average, "contents", tensor.data.clone() if kept is None else kept, watched=False)
         self._lent[pair.name] = lent  # noted first, so that an interruption finds it
@@ -191,7 +191,7 @@ class Loan:
             lent.exchanged = True
         else:
             tensor.data.copy_(average)
-        lent.version = version(tensor)
+        lent.version = pair.version
 
 
 def _exchange(lent: _Lent) -> None:
@@ -276,7 +276,7 @@ def missing(pairs: Iterable[tuple[str, Tensor, Tensor]], state_dict: dict[str, A
     def holds(name: str, tensor: Tensor, average: Tensor) -> bool:
         if average.dtype != tensor.dtype:
             return False
-        if is_sharded(tensor):
+        if cut_of(tensor).sharded:
             value = named.get(name)
             return isinstance(value, Tensor) and (value.dtype, value.shape) == (average.dtype, average.shape)
         return _place(tensor) in held or _same(state_dict.get(name), average)

@@ -11,8 +11,8 @@ from lightning_ema.averaging.pairing import Pairing
 from lightning_ema.averaging.settings import Settings
 from lightning_ema.averaging.swap import Loan
 from lightning_ema.checkpoint.state import COUNTERS
-from lightning_ema.distributed.dtensor import all_across, local
-from lightning_ema.distributed.partition import Reconcile, everyone
+from lightning_ema.distributed.base import local
+from lightning_ema.distributed.processes import SyncBuffers, all_across, everyone
 from lightning_ema.ops.lerp import all_finite
 from lightning_ema.schedules.basic import Plan, Schedule
 from lightning_ema.schedules.history import History
@@ -48,7 +48,7 @@ class Course:
         self.histories = [History() for _ in settings.decays]
         self.loan: Loan | None = None
         self.delivery: Loan | None = None
-        self.reconcile: Reconcile | None = None
+        self.reconcile: SyncBuffers | None = None
         self.alone = False
         self.pairing = Pairing(module, settings, into, shard)
         self._settings = settings
@@ -89,7 +89,7 @@ class Course:
                     raise FloatingPointError(self._nonfinite_message())
                 self.num_skipped += 1  # last_update_step stays: the next update covers these steps too
                 return False
-            self.pairing.absorb(lives, rates)
+            self.pairing.update(lives, rates)
         self.num_updates += 1
         self.last_update_step = self.num_steps
         for place, history in enumerate(self.histories):

@@ -19,8 +19,8 @@ from lightning_ema.averaging.swap import Loan, missing
 from lightning_ema.averaging.tracker import Course
 from lightning_ema.checkpoint.state import FORMAT, check_state
 from lightning_ema.checks import check_flag
-from lightning_ema.distributed.dtensor import Groups, is_sharded, local, sum_across
-from lightning_ema.distributed.partition import Reconcile, is_first, processes
+from lightning_ema.distributed.base import local
+from lightning_ema.distributed.processes import Groups, SyncBuffers, is_first, sum_across, world_size
 from lightning_ema.modules.named_tensors import Survey
 from lightning_ema.ops.lerp import corrected, ratio, sampled_norms, squared_norms
 from lightning_ema.ops.step_hooks import as_before_step
@@ -120,7 +120,7 @@ class WeightAverage:
         if into is not None:
             _check_target(into, module, self.settings, shard)
         self.module = module
-        self.processes = processes() if shard else 1
+        self.processes = world_size() if shard else 1
         self._course = Course(module, self.settings, into, self.processes > 1)
         self._place = 0
         self._others = tuple(self._beside(place) for place in range(1, len(self.settings.decays)))
@@ -356,14 +356,14 @@ class WeightAverage:
         return self._course.delivery is not None
 
     def _loan_of(self, averages: Iterable[tuple[Pair, Tensor]], copy: bool = False, in_place: bool = False) -> Loan:
-        return Loan(averages, copy, in_place, self._course.pairing.settle, None if self.alone else self.reconcile)
+        return Loan(averages, copy, in_place, self._course.pairing.reshard, None if self.alone else self.reconcile)
 
     def _to_lend(self) -> Iterator[tuple[Pair, Tensor]]:
         self._course.pairing.refresh_if_stale()
         corrects = self.schedule.corrects
         for pair in self._course.pairing.pairs():
             if pair.averages:
-                as_kept = not corrects and pair.share is None
+                as_kept = not corrects and pair.cut.stored_as_live
                 yield pair, pair.averages[self._place] if as_kept else self._read(pair, pair.live.detach())
 
     def _read(self, pair: Pair, live: Tensor) -> Tensor:
@@ -378,7 +378,7 @@ class WeightAverage:
             return corrected(average, pair.beside(live), pair.origin, self.bias)
 
     def _whole(self, pair: Pair, part: Tensor) -> Tensor:
-        if pair.share is None:
+        if pair.cut.stored_as_live:
             return part
         if self._course.alone:
             raise RuntimeError(
@@ -420,7 +420,7 @@ class WeightAverage:
             yield pair.name, pair.live.detach() if loan is None else loan.live_of(pair)
 
     @property
-    def reconcile(self) -> Reconcile | None:
+    def reconcile(self) -> SyncBuffers | None:
         """What a loan does about buffers that differ among processes, such as BatchNorm statistics.
 
         ``"first"``: all are lent those of the first process; ``"mean"``: their mean; None: each its own. What is stored
@@ -430,7 +430,7 @@ class WeightAverage:
         return self._course.reconcile
 
     @reconcile.setter
-    def reconcile(self, how: Reconcile | None) -> None:
+    def reconcile(self, how: SyncBuffers | None) -> None:
         self._course.reconcile = how
 
     @property
@@ -445,7 +445,7 @@ class WeightAverage:
     @property
     def sharded(self) -> bool:
         """Whether tensors are sharded among processes (FSDP2, tensor parallelism); the average is then, too."""
-        return any(is_sharded(pair.live) for pair in self._course.pairing.pairs())
+        return any(pair.cut.sharded for pair in self._course.pairing.pairs())
 
     def not_held_by(self, state_dict: dict[str, Any]) -> list[str]:
         """The names of averages not among the entries of a ``state_dict`` taken while the module carries them.
@@ -493,7 +493,7 @@ class WeightAverage:
         with torch.no_grad():
             for pair in self._course.pairing.pairs():
                 live = lives[pair.name]
-                carried = None if lent is None or pair.share is not None else lent.average_of(pair)
+                carried = None if lent is None or not pair.cut.stored_as_live else lent.average_of(pair)
                 average = carried if carried is not None else self._part(pair, live) if pair.averages else live
                 of_average, of_live = parts.setdefault(pair.groups, ([], []))
                 of_average.append(local(average))

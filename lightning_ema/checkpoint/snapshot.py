@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ema.averaging.weight_average import WeightAverage
-from lightning_ema.distributed.dtensor import gathered
-from lightning_ema.modules.named_tensors import Survey, memory_of, without_wrappers
+from lightning_ema.distributed.base import cut_of
+from lightning_ema.modules.memory import memory_of
+from lightning_ema.modules.named_tensors import Survey, without_wrappers
 from lightning_ema.schedules.history import History, Stretch
 
 FORMAT = 1
@@ -193,7 +194,7 @@ def _entries(module: nn.Module, averages: Set[str], tensors: Mapping[str, Tensor
 
 def _alone(tensor: Tensor, keep: bool) -> Tensor:
     """The whole tensor on the CPU, without the rest of a larger storage that it may be a view into."""
-    tensor = gathered(tensor.detach())
+    tensor = cut_of(tensor).gathered(tensor.detach())
     if not keep:
         return torch.empty(0)
     tensor = tensor.cpu()

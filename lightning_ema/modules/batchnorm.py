@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from lightning_ema.distributed.partition import reconcile_
+from lightning_ema.distributed.processes import sync_buffers_
 from lightning_ema.modules.named_tensors import Survey
 
 
@@ -54,7 +54,7 @@ class Recalibration:
                 if self.made_at != made_at and batches is not None:
                     update_bn(batches, self._module)
                     if together:
-                        reconcile_([tensor for tensor in current.values() if tensor.is_floating_point()], "mean")
+                        sync_buffers_([tensor for tensor in current.values() if tensor.is_floating_point()], "mean")
                     self.keep(made_at)
                 else:
                     _write(self.estimated, current)

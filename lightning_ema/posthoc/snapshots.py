@@ -12,7 +12,7 @@ from pathlib import Path
 from lightning_ema.averaging.weight_average import WeightAverage
 from lightning_ema.checkpoint import snapshot as snapshot_file
 from lightning_ema.checks import check_count
-from lightning_ema.distributed.partition import is_first
+from lightning_ema.distributed.processes import is_first
 from lightning_ema.schedules.basic import Schedule
 from lightning_ema.schedules.history import joined
 from lightning_ema.schedules.text import write_schedule

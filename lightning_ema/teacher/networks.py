@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ema.averaging.weight_average import WeightAverage
-from lightning_ema.distributed.dtensor import same_cut
+from lightning_ema.distributed.base import same_cut
 from lightning_ema.modules.named_tensors import Survey, Table, without_wrappers
 
 _SHOWN = 6
