@@ -43,7 +43,7 @@ from lightning_ema.evaluation.selection import Mode
 from lightning_ema.evaluation.settings import Evaluate, Others, Scoring
 from lightning_ema.posthoc.snapshots import Snapshots, check_schedule, discard_future, take, write
 from lightning_ema.schedules.basic import Plan, Schedule
-from lightning_ema.trainer import facts, training_batches
+from lightning_ema.trainer import facts, run_length, strategies, training_batches
 from lightning_ema.trainer.checkpoint_hook import Hook, ModuleHook
 from lightning_ema.trainer.step_counter import StepCounter
 
@@ -178,7 +178,7 @@ class EMACallback(Callback):
         self._steps = StepCounter()
         self._custody: Custody | None = None
         self._plan = Plan()
-        self._pace = facts.Pace()
+        self._pace = run_length.Pace()
         self._skips_said = False
         self._passes = Passes(self.scoring, name)
         self._overwritten = False
@@ -205,13 +205,13 @@ class EMACallback(Callback):
     # --- a fit ------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        facts.check_strategy(trainer)
+        strategies.check_strategy(trainer)
         if self.shard:
-            facts.check_shard(trainer)
+            strategies.check_shard(trainer)
         facts.check_callbacks(trainer)
         if self.average is not None:
             self.average.alone = False  # all processes have met, or none would be here
-        self._overwritten = facts.overwrites_weights(trainer)
+        self._overwritten = strategies.overwrites_weights(trainer)
         if self._overwritten:
             self._drop_if_edited()  # as long as it can be told
         self._passes.check(trainer)
@@ -232,7 +232,7 @@ class EMACallback(Callback):
             self._drop_if_edited()
             if self._custody is not None:
                 self._custody.take_back()
-            if facts.spawns(trainer):
+            if strategies.spawns(trainer):
                 self._warn(
                     "only the module's weights return from the processes that this strategy spawns; resume from a "
                     "checkpoint, or use strategy='ddp'."
@@ -255,10 +255,10 @@ class EMACallback(Callback):
         custody, average = self._held(), self._require()
         if self.recalibrate_batches:
             training_batches.check(pl_module, trainer)
-        if facts.begins(trainer):
-            custody.steps_before, self._pace = average.num_steps, facts.Pace()
-        self._pace = facts.pace(trainer, self._pace, average.num_steps - custody.steps_before)
-        plan = facts.plan(trainer, self._pace).after(-custody.steps_before)
+        if run_length.begins(trainer):
+            custody.steps_before, self._pace = average.num_steps, run_length.Pace()
+        self._pace = run_length.pace(trainer, self._pace, average.num_steps - custody.steps_before)
+        plan = run_length.plan(trainer, self._pace).after(-custody.steps_before)
         epochs_before = int(self.start_epoch * (plan.steps_per_epoch or 0))
         start = average.start_step if average.started else max(self.settings.start_step, epochs_before)
         self._plan = plan.after(start)
@@ -388,7 +388,7 @@ class EMACallback(Callback):
         elif self._custody is not None:
             ModuleHook.hang(pl_module, "on_save_checkpoint", self._around_modules_save)  # again, if it was displaced
             self._put_average(trainer, self._custody, checkpoint)
-        elif facts.spawns(trainer) and facts.is_fitting(trainer):
+        elif strategies.spawns(trainer) and facts.is_fitting(trainer):
             self._warn(not_returned())
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -406,7 +406,7 @@ class EMACallback(Callback):
         custody = self._new_custody(trainer, pl_module)
         if entry is not None:
             custody.resume(entry, chooses=self.scoring.select is not None)
-            self._pace = facts.Pace(*entry.get("pace", ()))
+            self._pace = run_length.Pace(*entry.get("pace", ()))
             if entry["config"].get("switch_every") != self._config()["switch_every"]:
                 custody.switched = None  # it counts epochs, or other steps
             if changed := checkpoints.changes(entry, self._config()):
@@ -534,7 +534,7 @@ class EMACallback(Callback):
         average = self._require()
         if average.processes > 1 and average.processes != trainer.world_size:
             raise RuntimeError(shared_among_others(average.processes, trainer.world_size))
-        average.reconcile = facts.reconcile(trainer)
+        average.reconcile = strategies.sync_buffers(trainer)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._forgive()
@@ -591,7 +591,7 @@ class EMACallback(Callback):
             module = self._custody.average.module
             ModuleHook.take_down(module, "on_save_checkpoint", self._around_modules_save)
             ModuleHook.take_down(module, "on_load_checkpoint", self._around_modules_load)
-        self._custody, self._pace = None, facts.Pace()
+        self._custody, self._pace = None, run_length.Pace()
         self._skips_said = False
 
     def _advise(self, total_steps: int) -> None:

@@ -13,7 +13,7 @@ from lightning_ema.callback.messages import chosen
 from lightning_ema.evaluation import extra_pass
 from lightning_ema.evaluation.selection import best_of, score_of
 from lightning_ema.evaluation.settings import Scoring
-from lightning_ema.trainer import facts
+from lightning_ema.trainer import facts, strategies
 from lightning_ema.trainer.evaluation_loop import Result
 
 Take = Callable[[], Batches | None]
@@ -70,7 +70,7 @@ class Passes:
             self._scored.append((f"/{self.label(average)}", results))
             logged = {result.name: float(result.value) for result in results}
             # the first process's: values that are not reduced differ among them, and may be logged there alone
-            scores.append(score_of(metric, facts.agreed(trainer, logged)))
+            scores.append(score_of(metric, strategies.agreed(trainer, logged)))
         custody.chosen = best_of(scores, self._scoring.mode, custody.chosen)
         labels, first = [label(average.settings.decay) for average in averages], averages[0]
         schedules, step = [average.schedule for average in averages], first.num_steps - first.start_step

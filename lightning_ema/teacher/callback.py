@@ -21,7 +21,7 @@ from lightning_ema.modules.named_tensors import Survey
 from lightning_ema.schedules.basic import Plan
 from lightning_ema.teacher.config import MeanTeacherConfig
 from lightning_ema.teacher.networks import Watched, check_alike, check_width, copy_buffers, copy_frozen, networks
-from lightning_ema.trainer import facts
+from lightning_ema.trainer import facts, run_length, strategies
 from lightning_ema.trainer.step_counter import StepCounter
 
 _NOT_STARTED = sys.maxsize
@@ -40,7 +40,7 @@ class TeacherCallback(Callback):
         self._loaded: dict[str, Any] | None = None
         self._steps = StepCounter()
         self._steps_before = 0
-        self._pace = facts.Pace()
+        self._pace = run_length.Pace()
         self._plan: Plan | None = None
         self._config = MeanTeacherConfig()
         self._module: LightningModule | None = None
@@ -68,7 +68,7 @@ class TeacherCallback(Callback):
     # --- a fit ------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        facts.check_strategy(trainer)
+        strategies.check_strategy(trainer)
         self.known = True
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -84,7 +84,7 @@ class TeacherCallback(Callback):
         self._module, self._config, self._plan = pl_module, config, None
         if trainer.ckpt_path is None:
             self._loaded = None  # of a file that was only tested or validated
-        begins = facts.begins(trainer) and self._loaded is None
+        begins = run_length.begins(trainer) and self._loaded is None
         if not begins and self._loaded is None and self._average is not None and self._average.module is student:
             self._loaded = self.state_dict()  # the teacher, its tensors or the settings may have been replaced
         average = self._pair(pl_module)
@@ -106,10 +106,10 @@ class TeacherCallback(Callback):
                 "MeanTeacher: the student is in eval mode, so its dropout and BatchNorm do not train. Call "
                 "self.student.train() if that is not meant."
             )
-        if facts.begins(trainer):
-            self._steps_before, self._pace = average.num_steps, facts.Pace()
-        self._pace = facts.pace(trainer, self._pace, average.num_steps - self._steps_before)
-        self._plan = facts.plan(trainer, self._pace).after(-self._steps_before).after(average.start_step)
+        if run_length.begins(trainer):
+            self._steps_before, self._pace = average.num_steps, run_length.Pace()
+        self._pace = run_length.pace(trainer, self._pace, average.num_steps - self._steps_before)
+        self._plan = run_length.plan(trainer, self._pace).after(-self._steps_before).after(average.start_step)
         average.bind(self._plan)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -232,7 +232,7 @@ class TeacherCallback(Callback):
         elif changed := changes(state, average.settings.describe()):
             rank_zero_warn(f"MeanTeacher: {other_settings(changed)}")
         self._steps_before = state.get("steps_before", 0)
-        self._pace = facts.Pace(*state.get("pace", ()))
+        self._pace = run_length.Pace(*state.get("pace", ()))
         tensors = Survey(self._teacher).tensors
         stored = {name: tensors[name] for name in state["names"] if name in tensors}
         average.load_state_dict({**state, "average": stored})
