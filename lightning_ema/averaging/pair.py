@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from lightning_ema.distributed.dtensor import Groups, empty_like, groups_of, local, write
-from lightning_ema.distributed.partition import Share, everyone
+from lightning_ema.distributed.base import Cut
+from lightning_ema.distributed.processes import Groups
 from lightning_ema.modules.named_tensors import Candidate
 
 
@@ -18,10 +17,9 @@ class Pair:
 
     Attributes:
         candidate: the tensor, its names and where it hangs.
-        averages: one for each decay, of the same shape and strides; empty until the average has started. Where they are
-            shared, the elements that this process keeps.
-        origin: the live tensor as it was at the start, where a schedule corrects for it.
-        share: what each process keeps of the averages, where they are shared among several.
+        averages: one for each decay, as ``cut`` keeps them in this process; empty until the average has started.
+        cut: how tensor and averages are cut among processes.
+        origin: the live tensor as it was at the start, kept as an average is, where a schedule corrects for it.
         exclusive: whether the live tensor's storage is its own and may be exchanged for the average's.
         crossed: whether it shares part of its memory with another tensor of the module.
         plain: whether it is a parameter that hangs in one place and may be lent the average's storage itself.
@@ -29,8 +27,8 @@ class Pair:
 
     candidate: Candidate
     averages: list[Tensor]
+    cut: Cut
     origin: Tensor | None = None
-    share: Share | None = None
     exclusive: bool = True
     crossed: bool = False
     plain: bool = False
@@ -42,7 +40,7 @@ class Pair:
 
     @property
     def live(self) -> Tensor:
-        """The tensor itself: a Parameter or buffer that keeps its identity when it is moved, cast or lent."""
+        """The tensor itself: a Parameter or buffer that keeps its identity when it is moved, cast or swapped."""
         return self.candidate.tensor
 
     @property
@@ -53,29 +51,25 @@ class Pair:
     @property
     def groups(self) -> Groups:
         """The processes among which the averages are cut."""
-        return groups_of(self.live) if self.share is None else everyone()
+        return self.cut.groups(self.live)
 
-    def copy(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A copy of what this process keeps of the live tensor."""
-        with torch.inference_mode(False), torch.no_grad():  # else one made in a validation could not be trained on
-            like = self.live if self.share is None else self.part(self.live)
-            return empty_like(like, dtype, device).copy_(like)
-
-    def part(self, tensor: Tensor) -> Tensor:
-        """The elements of the live tensor, or of one like it, that ``averages`` lie beside: a view."""
-        return local(tensor) if self.share is None else self.share.of(tensor.detach(), self.live.detach())
+    @property
+    def version(self) -> int:
+        """Grows with each write to the live tensor."""
+        return self.cut.version(self.live)
 
     def beside(self, tensor: Tensor) -> Tensor:
         """The live tensor, or one like it, as it lies beside ``averages``: sharded like them, or a part."""
-        return tensor if self.share is None else self.part(tensor)
+        return self.cut.beside(tensor)
+
+    def part(self, tensor: Tensor) -> Tensor:
+        """The plain tensor of it that arithmetic with ``averages`` reads: a view."""
+        return self.cut.local(self.cut.beside(tensor))
 
     def write(self, stored: Tensor, value: Tensor) -> None:
-        """Copies a whole value of the live tensor's shape into one of those that are ``stored``."""
-        if self.share is None:
-            write(stored, value)
-        else:
-            stored.copy_(self.share.of(value, self.live.detach()))
+        """Copies a value of the live tensor's shape into one of those that are ``stored``."""
+        self.cut.write(stored, value)
 
     def whole(self, part: Tensor) -> Tensor:
-        """A tensor from what all processes keep of it, which must all call this; itself where it is not shared."""
-        return part if self.share is None else self.share.whole(part, self.live.detach())
+        """One of those that are ``stored``, as the module can carry it. Parts ask for all processes."""
+        return self.cut.whole(part, self.live.detach())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -12,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ema.averaging.pair import Pair
+from lightning_ema.averaging.placement import Placement
 from lightning_ema.averaging.settings import Settings
-from lightning_ema.averaging.update import Absorption
-from lightning_ema.distributed.dtensor import Groups, is_sharded, local, same_cut
-from lightning_ema.distributed.partition import Share, can_be_shared, shares
-from lightning_ema.modules.named_tensors import Candidate, Survey, check_patterns, joins, owns_storage
+from lightning_ema.averaging.update import Updater
+from lightning_ema.distributed.base import cut_of, local
+from lightning_ema.distributed.processes import Groups
+from lightning_ema.modules.memory import is_expanded, overlapping, owns_storage, storage_of
+from lightning_ema.modules.named_tensors import Candidate, Survey, check_patterns, joins
 
 
 class Pairing:
@@ -25,17 +25,22 @@ class Pairing:
     Modules change under training: layers are unfrozen, materialized, replaced, moved or cast. Every update looks for
     that, at a few tenths of a microsecond a tensor, and pairs again where it finds something.
 
+    Args:
+        module: whose tensors are averaged.
+        settings: which of them, and how.
+        into: the module whose tensors are to be the averages; None to make new ones.
+        partitioned: whether averages of whole parameters are split among processes.
+
     Attributes:
         started: whether averages are stored.
         identities: ``id`` of every averaged live tensor.
     """
 
-    def __init__(self, module: nn.Module, settings: Settings, into: nn.Module | None, shard: bool) -> None:
+    def __init__(self, module: nn.Module, settings: Settings, into: nn.Module | None, partitioned: bool) -> None:
         self.started = False
         self.identities: frozenset[int] = frozenset()
         self._module = module
         self._settings = settings
-        self._shard = shard
         self._into = None if into is None else Survey(into)
         self._targets = None if self._into is None else {n: c.tensor for c in self._into.candidates for n in c.names}
         self._keeps_origin = any(schedule.corrects for schedule in settings.decays)
@@ -55,13 +60,13 @@ class Pairing:
 
     def pairs(self) -> Iterable[Pair]:
         """All pairs, in the order of the module, once an update under way is finished."""
-        self._absorption.finish()
+        self._updater.finish()
         return self._pairs.values()
 
     @property
     def waits(self) -> int:
         """How often training had to wait for an update in host memory."""
-        return self._absorption.waits
+        return self._updater.waits
 
     @property
     def groups(self) -> Groups:
@@ -73,8 +78,8 @@ class Pairing:
 
         The views would keep the memory that a module is moved away from, and the update would still read it.
         """
-        self._absorption.finish()
-        self._absorption.release()
+        self._updater.finish()
+        self._updater.release()
 
     def start(self) -> None:
         """Sets every average to the live tensor."""
@@ -89,12 +94,12 @@ class Pairing:
         """Gives the averages up, as before the start."""
         self.started = False
         for pair in self.pairs():
-            pair.averages, pair.origin, pair.share = [], None, None
+            pair.averages, pair.origin, pair.cut = [], None, cut_of(pair.live)
         self._arrange()
 
     def update(self, lives: list[Tensor], rates: Sequence[float]) -> None:
         """``average += rate * (live - average)`` for each decay's average, with ``lives`` from :meth:`lives`."""
-        self._absorption.absorb(lives, rates)
+        self._updater.update(lives, rates)
 
     def lives(self) -> list[Tensor]:
         """The live tensors as they are now, in the order that :meth:`update` takes."""
@@ -102,11 +107,11 @@ class Pairing:
         self.refresh_if_stale(seen_through)
         return self._lives
 
-    def settle(self) -> None:
+    def reshard(self) -> None:
         """Makes the modules show the tensors that are paired, where a forward pass left others in their place."""
-        self._survey.settle()
+        self._survey.reshard()
         if self._into is not None:
-            self._into.settle()  # its next forward pass would go on with copies from before the update
+            self._into.reshard()  # its next forward pass would go on with copies from before the update
 
     def refresh_if_stale(self, seen_through: bool = False) -> None:
         """Pairs again if a tensor was unfrozen, added, replaced, moved or cast since the last time.
@@ -115,12 +120,12 @@ class Pairing:
             seen_through: look only for tensors that were replaced, moved or cast.
         """
         if self._reshards:  # asked at every step
-            self.settle()
+            self.reshard()
         if not seen_through and (not self._survey.holds() or self._someone_joins()):
             self._refresh()
             return
-        for live, shard, pointer in self._shards:
-            if local(live) is not shard or shard.data_ptr() != pointer:
+        for cut, live, shard, pointer in self._shards:
+            if cut.local(live) is not shard or shard.data_ptr() != pointer:
                 self._refresh()
                 return
         for table, leaf, live, pointer in self._expected:
@@ -164,7 +169,7 @@ class Pairing:
             for tensors in sets[:-1]
             if name not in tensors and not (buffers_begin and pair.candidate.is_buffer)
         ]
-        if self._keeps_origin:
+        if self._placement.keeps_origin:
             missing = [c.name for c in known.values() if c.name in sets[0] and not c.is_buffer and c.name not in origin]
             problems += [f"{name}: its value at the start is not in the state" for name in missing]
         problems += [
@@ -199,19 +204,21 @@ class Pairing:
     # --- pairing ----------------------------------------------------------------------------------------------------
 
     def _refresh(self) -> None:
-        self._absorption.finish()
+        self._updater.finish()
         self._survey = Survey(self._module)
-        self.settle()
-        of_both = (self._survey, self._into)
-        self._reshards = any(survey is not None and survey.resharding for survey in of_both)
+        self.reshard()
+        self._reshards = bool(self._survey.reshards or (self._into is not None and self._into.reshards))
         before, taken = self._pairs, {}
         for candidate in self._survey.candidates:
             if candidate.name in before or self._takes(candidate):
                 if candidate.name in taken:
                     raise ValueError(f"two tensors are named {candidate.name!r} once wrapper prefixes are left out.")
                 taken[candidate.name] = candidate
-        new = self._shares_of_new(taken, before)
-        self._pairs = {name: self._pair(c, before.get(name), new.get(name)) for name, c in taken.items()}
+        if self.started:
+            cuts = self._placement.cuts(list(taken.values()), before)
+            self._pairs = {n: self._placement.pair(c, cuts[n], before.get(n)) for n, c in taken.items()}
+        else:
+            self._pairs = {name: Pair(c, [], cut_of(c.tensor)) for name, c in taken.items()}
         self._waiting = [
             candidate
             for candidate in self._survey.candidates
@@ -229,7 +236,7 @@ class Pairing:
     def _takes(self, candidate: Candidate) -> bool:
         if not self._allowed(candidate):
             return False
-        if _expanded(candidate.tensor):
+        if is_expanded(candidate.tensor):
             if candidate.is_buffer:
                 return False
             raise ValueError(
@@ -247,97 +254,29 @@ class Pairing:
             return False
         return True
 
-    def _shares_of_new(self, taken: dict[str, Candidate], before: dict[str, Pair]) -> dict[str, Share]:
-        """What each process is to keep of the parameters that join now. Those already there stay where they are."""
-        if not self._shard or not self.started:
-            return {}
-        new = [
-            candidate
-            for name, candidate in taken.items()
-            if not candidate.is_buffer  # small, and other ones in each process
-            and can_be_shared(candidate.tensor.detach())
-            and (name not in before or not before[name].averages or before[name].shape != candidate.tensor.shape)
-        ]
-        if not new:
-            return {}  # without asking a process group, which may be gone after a run
-        return {c.name: share for c, share in zip(new, shares([c.tensor for c in new]), strict=True)}
-
-    def _pair(self, candidate: Candidate, known: Pair | None, new_share: Share | None) -> Pair:
-        if not self.started:
-            return Pair(candidate, [])
-        if self._targets is not None:
-            return Pair(candidate, [self._target(candidate)])
-        before, share = ([], None) if known is None else (known.stored, known.share)
-        if known is not None and before and known.shape != candidate.tensor.shape:
-            warnings.warn(
-                f"{candidate.name} changed its shape from {tuple(known.shape)} to "
-                f"{tuple(candidate.tensor.shape)}: its average starts again from the live tensor.",
-                stacklevel=2,
-            )
-            before = []
-        if before and share is not None and share.stride != candidate.tensor.stride():
-            raise RuntimeError(
-                f"{candidate.name} changed its memory format from strides {share.stride} to "
-                f"{candidate.tensor.stride()} while its average is shared among processes. Change it before training."
-            )
-        keeps_origin = self._keeps_origin and not candidate.is_buffer
-        count = len(self._settings.decays) + keeps_origin
-        dtype, device = self._home(candidate.tensor)
-        pair = Pair(candidate, [], share=share if before else new_share)
-        if before:
-            tensors = [tensor.to(device=device, dtype=dtype) for tensor in before]
-        else:
-            tensors = [pair.copy(dtype, device) for _ in range(count)]
-        pair.averages = tensors[: len(self._settings.decays)]
-        pair.origin = tensors[-1] if keeps_origin else None
-        return pair
-
-    def _target(self, candidate: Candidate) -> Tensor:
-        target = None if self._targets is None else self._targets.get(candidate.name)
-        if target is None or target.shape != candidate.tensor.shape:
-            found = "has no such tensor" if target is None else f"has shape {tuple(target.shape)}"
-            raise ValueError(
-                f"into: {candidate.name} of shape {tuple(candidate.tensor.shape)} is averaged, but the module given "
-                f"as into {found}. It must be built like the averaged module; exclude=[...] leaves tensors out."
-            )
-        if not same_cut(target, candidate.tensor):
-            raise ValueError(
-                f"into: {candidate.name} is sharded in another way than the tensor of that name in the module given as "
-                "into. Apply the same fully_shard and parallelize_module calls to both."
-            )
-        return target.detach()
-
-    def _home(self, live: Tensor) -> tuple[torch.dtype, torch.device]:
-        dtype = self._settings.dtype
-        if dtype is None:
-            dtype = live.dtype if torch.finfo(live.dtype).bits >= 32 else torch.float32
-        elif live.is_complex():
-            dtype = dtype.to_complex()
-        return dtype, self._settings.device or live.device
-
     # --- noticing ---------------------------------------------------------------------------------------------------
 
     def _arrange(self) -> None:
         """Lays pairs of one kind side by side, and keeps what tells later that nothing has changed."""
-        holders = Counter(_storage(candidate) for candidate in self._survey.candidates)
-        crossed = _crossed(self._survey.candidates)
-        ordered = self._absorption.in_order(list(self._pairs.values()))
+        tensors = [candidate.tensor for candidate in self._survey.candidates]
+        holders, crossed = Counter(map(storage_of, tensors)), overlapping(tensors)
+        ordered = self._updater.in_order(list(self._pairs.values()))
         self._ordered = ordered
-        self._absorbed = [pair for pair in ordered if pair.share is None or not pair.share.empty]
+        self._updated = [pair for pair in ordered if pair.part(pair.live).numel() > 0]
         self._expect()
         for pair in ordered:
-            unshared = holders[_storage(pair.candidate)] == 1 and not pair.candidate.aliases
-            pair.exclusive = unshared and owns_storage(pair.live)
-            pair.crossed = id(pair.candidate) in crossed
+            alone = holders[storage_of(pair.live)] == 1 and not pair.candidate.aliases
+            pair.exclusive = alone and owns_storage(pair.live)
+            pair.crossed = id(pair.live) in crossed
             pair.plain = _is_plain(pair)
-        self._absorption.arrange(self._absorbed if self.started else [])
+        self._updater.arrange(self._updated if self.started else [])
 
     def _expect(self) -> None:
-        self._absorption.release()
-        self._lives = [pair.part(pair.live) for pair in self._absorbed]
+        self._updater.release()
+        self._lives = [pair.part(pair.live) for pair in self._updated]
         self._expected = [(*pair.candidate.slots[0], pair.live, pair.live.data_ptr()) for pair in self._ordered]
-        sharded = [(pair.live, local(pair.live)) for pair in self._ordered if is_sharded(pair.live)]
-        self._shards = [(live, shard, shard.data_ptr()) for live, shard in sharded]  # apart: whole ones are the rule
+        sharded = [(p.cut, p.live, p.cut.local(p.live)) for p in self._ordered if p.cut.sharded]
+        self._shards = [(cut, live, shard, shard.data_ptr()) for cut, live, shard in sharded]  # whole ones are the rule
 
     def _adopt(self) -> bool:
         """Takes over buffers that were assigned anew with the same kind of tensor, as some modules do each step."""
@@ -363,41 +302,9 @@ class Pairing:
         return any(torch.nn.parameter.is_lazy(candidate.tensor) for candidate in self._waiting)
 
 
-def _expanded(tensor: Tensor) -> bool:
-    if torch.nn.parameter.is_lazy(tensor):
-        return False
-    tensor = local(tensor)
-    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
-
-
-def _storage(candidate: Candidate) -> int:
-    """Where the storage lies; a number of its own for tensors without one (empty, lazy)."""
-    tensor = candidate.tensor
-    pointer = 0 if torch.nn.parameter.is_lazy(tensor) else local(tensor).untyped_storage().data_ptr()
-    return pointer or -id(tensor)
-
-
-def _crossed(candidates: list[Candidate]) -> set[int]:
-    """The ``id`` of each candidate that shares part of its memory with another one."""
-    spans: dict[int, list[tuple[int, int, Candidate]]] = {}
-    for candidate in candidates:
-        tensor = local(candidate.tensor)
-        if not torch.nn.parameter.is_lazy(tensor) and tensor.numel() > 0:
-            extent = sum((size - 1) * abs(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-            first = int(tensor.storage_offset())
-            spans.setdefault(_storage(candidate), []).append((first, first + int(extent), candidate))
-    found: set[int] = set()
-    for span in spans.values():
-        span.sort(key=lambda item: item[:2])
-        for (_, last, one), (first, _, other) in itertools.pairwise(span):
-            if first <= last:
-                found |= {id(one), id(other)}
-    return found
-
-
 def _is_plain(pair: Pair) -> bool:
     candidate = pair.candidate
     if candidate.is_buffer or candidate.rewritten or len(candidate.slots) > 1:
         return False
     alike = all((a.dtype, a.device) == (pair.live.dtype, pair.live.device) for a in pair.averages)
-    return alike and pair.exclusive and not pair.crossed and pair.share is None
+    return alike and pair.exclusive and not pair.crossed and pair.cut.stored_as_live

@@ -1,4 +1,4 @@
-"""How averages absorb the live tensors: those of one kind together, each kind in the fastest way there is for it."""
+"""Which pairs are updated together, and where: here, in a thread or on a stream. The arithmetic is that of ``ops``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from lightning_ema.averaging.pair import Pair
-from lightning_ema.distributed.dtensor import local
 from lightning_ema.ops.fused import lerp_of
 from lightning_ema.ops.lerp import Lerp
 from lightning_ema.ops.offload import Offload, Update
@@ -73,7 +72,8 @@ class Absorption:
         groups, start = [], 0
         for kind, pairs_alike in itertools.groupby(self._pairs, key=self._kind):
             alike = list(pairs_alike)
-            averages = [list(each) for each in zip(*([local(a) for a in pair.averages] for pair in alike), strict=True)]
+            locals_ = ([pair.cut.local(average) for average in pair.averages] for pair in alike)
+            averages = [list(each) for each in zip(*locals_, strict=True)]
             groups.append(Group(averages, slice(start, start + len(alike)), kind[-1]))
             start += len(alike)
         self._here = [group for group in groups if group.where == "here"]
@@ -92,11 +92,11 @@ class Absorption:
             where = "stream"
         return live.dtype, live.device, average.dtype, average.device, where
 
-    def absorb(self, lives: Sequence[Tensor], rates: Sequence[float]) -> None:
+    def update(self, lives: Sequence[Tensor], rates: Sequence[float]) -> None:
         """``average += rate * (live - average)`` for each decay's average, with the live tensors of the pairs."""
-        self._absorb_each(self._here, lives, rates)
+        self._update_each(self._here, lives, rates)
         for device, groups in self._on_streams.items():  # together: one more would wait for those before it
-            self._stream(device).submit(partial(self._absorb_each, groups, lives, rates))
+            self._stream(device).submit(partial(self._update_each, groups, lives, rates))
         if self._offloaded:
             self._offload.submit([Update(g.averages, self._as_now(lives, g.stretch), rates) for g in self._offloaded])
 
@@ -110,7 +110,7 @@ class Absorption:
         """Gives up views of the live tensors, which would keep the memory that a module is moved away from."""
         self._lerps.clear()
 
-    def _absorb_each(self, groups: Sequence[Group], lives: Sequence[Tensor], rates: Sequence[float]) -> None:
+    def _update_each(self, groups: Sequence[Group], lives: Sequence[Tensor], rates: Sequence[float]) -> None:
         for group in groups:
             if group not in self._lerps:
                 self._lerps[group] = lerp_of(group.averages, lives[group.stretch])

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_ema.averaging.tracker import Tracker
 from lightning_ema.checkpoint import sharded as sharded_checkpoint
 from lightning_ema.modules.named_tensors import Survey
-from lightning_ema.trainer import facts
+from lightning_ema.trainer import strategies
 
 
 def store(trainer: Trainer, checkpoint: dict[str, Any], entry: dict[str, Any]) -> None:
@@ -20,9 +20,9 @@ def store(trainer: Trainer, checkpoint: dict[str, Any], entry: dict[str, Any]) -
     Of a folder every process writes its shards of ``state_dict`` and of ``optimizer_states``, and of nothing else: the
     slot goes among the latter. Lightning loads as many of them as there are optimizers.
     """
-    if facts.writes_shards(trainer):
+    if strategies.writes_folders(trainer):
         slots = checkpoint["optimizer_states"]
-        save_id = facts.agreed(trainer, secrets.randbits(62))
+        save_id = strategies.agreed(trainer, secrets.randbits(62))
         slots.append(sharded_checkpoint.set_apart(entry, f"optimizer_{len(slots)}", save_id))
     else:
         sharded_checkpoint.gather(entry, keep=trainer.is_global_zero)
@@ -49,4 +49,4 @@ def check(trainer: Trainer, checkpoint: dict[str, Any], entry: dict[str, Any] | 
 
 
 def _folder(trainer: Trainer) -> Path:
-    return Path(facts.agreed(trainer, str(trainer.ckpt_path)))
+    return Path(strategies.agreed(trainer, str(trainer.ckpt_path)))

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from lightning_ema.checkpoint.state import tensor_sets
-from lightning_ema.distributed.dtensor import empty_like, gathered, is_sharded, one_of_each_process
+from lightning_ema.distributed.base import cut_of
+from lightning_ema.distributed.dtensor import one_of_each_process
 
 Slot = dict[str, Any]
 
@@ -30,8 +31,8 @@ def gather(entry: dict[str, Any], keep: bool) -> None:
     """Puts whole tensors into an entry in place of sharded ones; without ``keep`` they only leave it."""
     for tensors in tensor_sets(entry).values():
         for name, tensor in list(tensors.items()):
-            if is_sharded(tensor):
-                whole = gathered(tensor)
+            if cut_of(tensor).sharded:
+                whole = cut_of(tensor).gathered(tensor)
                 if keep:
                     tensors[name] = whole.cpu()
                 else:
@@ -49,7 +50,7 @@ def set_apart(entry: dict[str, Any], slot_name: str, save_id: int) -> Slot:
     """
     slot: Slot = {}
     for kind, tensors in tensor_sets(entry).items():
-        slot[kind] = {name: tensor for name, tensor in tensors.items() if is_sharded(tensor)}
+        slot[kind] = {name: tensor for name, tensor in tensors.items() if cut_of(tensor).sharded}
         for name in slot[kind]:
             del tensors[name]
     dtypes = {kind: {name: str(t.dtype).removeprefix("torch.") for name, t in ts.items()} for kind, ts in slot.items()}
@@ -68,7 +69,7 @@ def read(entry: dict[str, Any], folder: Path, model: dict[str, Tensor]) -> Slot:
     check(entry, folder)
     slot: Slot = {
         kind: {
-            name: empty_like(model[name], getattr(torch, dtype), model[name].device)
+            name: cut_of(model[name]).empty_like(model[name], getattr(torch, dtype), model[name].device)
             for name, dtype in dtypes.items()
             if name in model  # the entry names all averages, and is refused where the module lacks one
         }

@@ -227,7 +227,7 @@ def _entries(module: nn.Module, averages: Set[str], tensors: Mapping[str, Tensor
 
 def _alone(tensor: Tensor, keep: bool) -> Tensor:
     """The whole tensor on the CPU, without the rest of a larger storage that it may be a view into."""
-    tensor = gathered(tensor.detach())
+    tensor = cut_of(tensor).gathered(tensor.detach())
     if not keep:
         return torch.empty(0)
     tensor = tensor.cpu()

@@ -1,12 +1,14 @@
-"""Tensors of which this process holds a part: the DTensors that FSDP2 and tensor parallelism make of parameters."""
+"""Sharded tensors, of which this process holds a part: the DTensors that FSDP2 and tensor parallelism make."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+
+from lightning_ema.distributed.base import local, register
+from lightning_ema.distributed.processes import Groups
 
 try:
     from torch.distributed.fsdp import FSDPModule
@@ -15,52 +17,82 @@ except ImportError:  # before torch 2.6 and 2.5
     from torch.distributed._composable.fsdp import FSDPModule  # type: ignore[attr-defined]
     from torch.distributed._tensor import DTensor, Replicate, Shard  # type: ignore[attr-defined]
 
-Groups = tuple[dist.ProcessGroup, ...]
-"""Process groups, one for each mesh dimension along which a tensor is cut."""
 
+class Sharded:
+    """Live tensor and average are DTensors with one mesh and the same placements; ``local`` is the shard."""
 
-def local(tensor: Tensor) -> Tensor:
-    """What of a tensor lies in this process: its shard, which may be empty; the tensor itself where it is whole.
+    sharded = True  # also where it is replicated among the processes of a mesh
+    stored_as_live = True
 
-    ``to_local()`` makes a new view at each call and takes ten times as long, which would be felt at every step.
-    """
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    def takes(self, tensor: Tensor) -> bool:
+        """Whether the tensor is one of several processes together."""
+        return isinstance(tensor, DTensor)
 
+    def groups(self, live: Tensor) -> Groups:
+        """One for each dimension of the mesh along which the tensor is cut."""
+        live = _as_dtensor(live)
+        cut = [dimension for dimension, placement in enumerate(live.placements) if not placement.is_replicate()]
+        return tuple(live.device_mesh.get_group(dimension) for dimension in cut)
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether the tensor is one of several processes together, also where it is replicated among them."""
-    return isinstance(tensor, DTensor)
+    def local(self, tensor: Tensor) -> Tensor:
+        """The shard. ``to_local()`` makes a new view at each call and takes ten times as long, at every step."""
+        shard: Tensor = tensor._local_tensor  # type: ignore[attr-defined]
+        return shard
 
+    def beside(self, tensor: Tensor) -> Tensor:
+        """The DTensor itself."""
+        return tensor
 
-def version(tensor: Tensor) -> int:
-    """Grows with each write to the tensor, whether through the DTensor or past it to the shard."""
-    return tensor._version + local(tensor)._version if isinstance(tensor, DTensor) else tensor._version
+    def whole(self, stored: Tensor, live: Tensor) -> Tensor:
+        """The DTensor itself, which is how the module holds it: nothing is gathered."""
+        return stored
 
+    def write(self, stored: Tensor, value: Tensor) -> None:
+        """Copies a value into the tensor. Of a plain value, which all processes have, each takes its shard."""
+        if not isinstance(value, DTensor):
+            stored = _as_dtensor(stored)
+            mesh = stored.device_mesh
+            value = value.to(stored._local_tensor.device)
+            value = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+            value = value.redistribute(placements=stored.placements)
+        stored.copy_(value)
 
-def empty_like(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor that does not require grad, and is cut like the given one."""
-    if isinstance(tensor, DTensor) and device.type != tensor.device.type:
-        raise ValueError(
-            f"device={str(device)!r} for weights whose shards lie on {tensor.device.type!r}: their average lies beside "
-            "them. Leave device out."
-        )
-    pinned = device.type == "cpu" and tensor.device.type == "cuda"  # else copies between the two are waited for
-    return torch.empty_like(tensor, dtype=dtype, device=device, requires_grad=False, pin_memory=pinned)
+    def gathered(self, tensor: Tensor) -> Tensor:
+        """The whole of the tensor, in each of the processes."""
+        return _as_dtensor(tensor).full_tensor()
 
+    def empty_like(self, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A DTensor that is cut in the same way.
 
-def write(target: Tensor, value: Tensor) -> None:
-    """Copies a value of the same shape into a tensor. Of a whole value, each process takes its shard."""
-    if isinstance(target, DTensor) and not isinstance(value, DTensor):
-        mesh = target.device_mesh
-        value = value.to(local(target).device)
-        value = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
-        value = value.redistribute(placements=target.placements)
-    target.copy_(value)
+        Raises:
+            ValueError: its shards would lie on another kind of device than those of the weights.
+        """
+        if device.type != tensor.device.type:
+            raise ValueError(
+                f"device={str(device)!r} for weights whose shards lie on {tensor.device.type!r}: their average lies "
+                "beside them. Leave device out."
+            )
+        return torch.empty_like(tensor, dtype=dtype, device=device, requires_grad=False)
 
+    def version(self, live: Tensor) -> int:
+        """Sees writes through the DTensor, and past it to the shard."""
+        return live._version + self.local(live)._version
 
-def gathered(tensor: Tensor) -> Tensor:
-    """The whole of a tensor, from all processes among which it is cut; the tensor itself where it is whole."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    def alike(self, first: Tensor, second: Tensor) -> bool:
+        """Whether mesh and placements are the same."""
+        one, other = _as_dtensor(first), _as_dtensor(second)
+        return one.device_mesh == other.device_mesh and one.placements == other.placements
+
+    def check(self, name: str, live: Tensor) -> None:
+        """A DTensor keeps its shards in whatever memory format."""
+
+    def reshards(self, module: nn.Module) -> list[Callable[[], None]]:
+        """That of each group of FSDP2, which shows unsharded parameters now and then.
+
+        After a forward pass without gradients the outermost group still shows unsharded copies, and the next forward
+        pass would go on with them whatever was written to the shards.
+        """
+        return [each.reshard for each in module.modules() if isinstance(each, FSDPModule)]
 
 
 def one_of_each_process(number: int, among: Sequence[Tensor]) -> Tensor:
@@ -70,48 +102,9 @@ def one_of_each_process(number: int, among: Sequence[Tensor]) -> Tensor:
     return DTensor.from_local(own, mesh, [Shard(0)] * mesh.ndim, run_check=False)
 
 
-def same_cut(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors of one shape are cut in the same way, or both are whole."""
-    if isinstance(first, DTensor) and isinstance(second, DTensor):
-        return first.device_mesh == second.device_mesh and first.placements == second.placements
-    return is_sharded(first) == is_sharded(second)
+def _as_dtensor(tensor: Tensor) -> DTensor:
+    """For type checkers: :meth:`Sharded.takes` was asked."""
+    return tensor  # type: ignore[return-value]
 
 
-def groups_of(tensor: Tensor) -> Groups:
-    """The processes among which a tensor is cut."""
-    if not isinstance(tensor, DTensor):
-        return ()
-    cut = [dimension for dimension, placement in enumerate(tensor.placements) if not placement.is_replicate()]
-    return tuple(tensor.device_mesh.get_group(dimension) for dimension in cut)
-
-
-def sum_across(values: Tensor, groups: Groups, device: torch.device) -> Tensor:
-    """The sums of values over the processes among which a tensor on ``device`` is cut. All of them must call it."""
-    return _across(values, groups, device, dist.ReduceOp.SUM)
-
-
-def all_across(flag: bool, groups: Groups, device: torch.device) -> bool:
-    """Whether a flag is up in all processes among which tensors on ``device`` are cut. All of them must call it."""
-    return flag if not groups else bool(_across(torch.tensor(float(flag)), groups, device, dist.ReduceOp.MIN))
-
-
-def _across(values: Tensor, groups: Groups, device: torch.device, by: dist.ReduceOp.RedOpType) -> Tensor:
-    here = values.to(device)  # NCCL takes no tensors of the CPU
-    for group in groups:
-        dist.all_reduce(here, by, group)
-    return here.to(values.device)
-
-
-def resharding(module: nn.Module) -> list[FSDPModule]:
-    """The submodules that show unsharded parameters now and then."""
-    return [each for each in module.modules() if isinstance(each, FSDPModule)]
-
-
-def reshard(modules: Iterable[FSDPModule]) -> None:
-    """Makes the modules show their sharded parameters, which are the ones that an optimizer trains.
-
-    After a forward pass without gradients the outermost group still shows unsharded copies, and the next forward pass
-    would go on with them whatever was written to the shards.
-    """
-    for module in modules:
-        module.reshard()
+register(Sharded())

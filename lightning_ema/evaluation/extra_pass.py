@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_ema.evaluation.module_state import Aside
 from lightning_ema.trainer.evaluation_loop import (
-    NEEDED,
     Result,
+    check_loop,
     loaders_of,
     logging_for,
     loop_of,
@@ -26,13 +26,7 @@ from lightning_ema.trainer.evaluation_loop import (
 )
 from lightning_ema.trainer.loaders import parts
 from lightning_ema.trainer.rng import RandomStates
-
-_STRATEGIES = {
-    "SingleDeviceStrategy": True,
-    "DDPStrategy": True,
-    "ModelParallelStrategy": True,
-    "DeepSpeedStrategy": False,
-}
+from lightning_ema.trainer.strategies import check_extra_pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,18 +49,8 @@ def check(trainer: Trainer, asked: str) -> None:
     Raises:
         ValueError: naming the strategy, or Lightning's version.
     """
-    kinds = [kind.__name__ for kind in type(trainer.strategy).__mro__]
-    if not next((_STRATEGIES[kind] for kind in kinds if kind in _STRATEGIES), False):
-        raise ValueError(
-            f"{asked} does not work with {kinds[0]}: a second pass over the data is run on a single device, under DDP "
-            f"or under ModelParallelStrategy. Use one of these, or leave {asked} out."
-        )
-    missing = [name for name in NEEDED if not hasattr(trainer.validate_loop, name)]
-    if missing:
-        raise ValueError(
-            f"{asked} does not know this version of Lightning, whose evaluation loop has no "
-            f"{', '.join(missing)}. Leave {asked} out."
-        )
+    check_extra_pass(trainer, asked)
+    check_loop(trainer, asked)
 
 
 def begin(trainer: Trainer, pl_module: LightningModule) -> Begun:

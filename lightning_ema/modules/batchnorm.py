@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from lightning_ema.distributed.partition import reconcile_
+from lightning_ema.distributed.processes import sync_buffers_
 from lightning_ema.modules.named_tensors import Survey
 
 Statistics = dict[str, Tensor]

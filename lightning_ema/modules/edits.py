@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ema.distributed.dtensor import version
+from lightning_ema.distributed.base import cut_of
 from lightning_ema.modules.named_tensors import Survey
 
 
@@ -37,4 +37,4 @@ class Edits:
 
 def _versions(module: nn.Module) -> list[tuple[Tensor, int, torch.dtype]]:
     parameters = [c for c in Survey(module).candidates if not c.is_buffer and not c.rewritten]
-    return [(c.tensor, version(c.tensor), c.tensor.dtype) for c in parameters]
+    return [(c.tensor, cut_of(c.tensor).version(c.tensor), c.tensor.dtype) for c in parameters]

@@ -6,7 +6,7 @@ a model is compiled, wrapped for DDP or checkpoints its activations. A tied tens
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from lightning_ema.distributed.dtensor import is_sharded, local, reshard, resharding
+from lightning_ema.distributed.base import reshards_of
+from lightning_ema.modules.memory import memory_of
 
 Table = dict[str, Tensor | None]
 """A module's own dictionary of parameters or of buffers, where ``table[leaf]`` is the tensor in use now."""
@@ -62,13 +63,13 @@ class Survey:
     Attributes:
         candidates: what could be averaged.
         tensors: every parameter and every buffer of the ``state_dict``, integers too, by all of their names.
-        resharding: the submodules that show unsharded parameters now and then.
+        reshards: what makes the module show its own tensors, where a forward pass may leave others in their place.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.owner = type(module).__name__
-        self.resharding = resharding(module)
-        self.settle()
+        self.reshards: list[Callable[[], None]] = reshards_of(module)
+        self.reshard()
         self.tensors: dict[str, Tensor] = {}
         places: dict[object, list[_Place]] = {}
         self._children: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
@@ -90,9 +91,10 @@ class Survey:
         self._size = sum(map(len, self._tables))
         self.candidates = [_candidate(alike) for alike in places.values()]
 
-    def settle(self) -> None:
-        """Makes the module show the parameters that were found, where a forward pass left unsharded ones in place."""
-        reshard(self.resharding)
+    def reshard(self) -> None:
+        """Makes the module show the tensors that were found, where a forward pass left others in their place."""
+        for reshard in self.reshards:
+            reshard()
 
     def holds(self) -> bool:
         """Whether the module still has the same submodules and as many tensors. About 0.2 us a submodule."""
@@ -124,14 +126,6 @@ def _candidate(places: list[_Place]) -> Candidate:
         is_buffer=places[0].is_buffer,
         rewritten=any(place.rewritten for place in places),
     )
-
-
-def memory_of(tensor: Tensor) -> object:
-    """Equal for tensors that show the same memory in the same way."""
-    pointer = 0 if is_lazy(tensor) else local(tensor).data_ptr()
-    if pointer == 0:  # not there yet, empty, or on the meta device
-        return id(tensor)
-    return pointer, tensor.dtype, tensor.shape, tensor.stride()
 
 
 def joins(candidate: Candidate, include_frozen: bool) -> bool:
@@ -204,17 +198,3 @@ def without_wrappers(key: str) -> str:
 
 def _any_match(names: Sequence[str], patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
-
-
-def owns_storage(tensor: Tensor) -> bool:
-    """Whether the tensor is all of its storage, and the storage can be exchanged for another unnoticed.
-
-    It cannot where the tensor is a view into something larger (a user's flat buffer, cuDNN's LSTM weights), where
-    other processes read the storage (``share_memory_()``; on CUDA ``is_shared`` is always true and means nothing), or
-    where a subclass of Tensor keeps its data elsewhere.
-    """
-    if is_sharded(tensor):
-        return False  # its forward pass reads memory that the shard is a view of
-    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    shared = tensor.device.type == "cpu" and tensor.is_shared()  # type: ignore[no-untyped-call]
-    return whole and not shared and type(tensor) in (Tensor, nn.Parameter)

@@ -68,7 +68,7 @@ class TeacherCallback(Callback):
     # --- a fit ------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        facts.check_strategy(trainer)
+        strategies.check_strategy(trainer)
         self.known = True
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

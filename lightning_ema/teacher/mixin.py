@@ -19,7 +19,7 @@ from torchmetrics import Metric
 from lightning_ema.modules.named_tensors import without_wrappers
 from lightning_ema.teacher.callback import TeacherCallback
 from lightning_ema.teacher.config import MeanTeacherConfig
-from lightning_ema.trainer.facts import in_training_step
+from lightning_ema.trainer.facts import in_training_step, trainer_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule as _Base
@@ -127,7 +127,8 @@ class MeanTeacherMixin(_Base):
         wanted = self.mean_teacher.teacher_trains(self.training)
         if teacher.training != wanted:
             teacher.train(wanted)
-        precision = nullcontext() if self._trainer is None else self._trainer.precision_plugin.forward_context()
+        trainer = trainer_of(self)
+        precision = nullcontext() if trainer is None else trainer.precision_plugin.forward_context()
         with torch.no_grad(), precision:
             yield teacher
 
@@ -207,7 +208,7 @@ class MeanTeacherMixin(_Base):
         return super().load_state_dict(_filled(state_dict, self.state_dict().keys()), strict, assign)
 
     def _check_followed(self) -> None:
-        trainer = self._trainer
+        trainer = trainer_of(self)
         if trainer is None or trainer.state.fn != "fit" or self.teacher_callback.known:
             return
         raise RuntimeError(

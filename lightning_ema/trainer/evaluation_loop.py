@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import lightning
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from lightning_ema.trainer.loaders import apart
 
-NEEDED = (
+_NEEDED = (
     *("_combined_loader", "_data_fetcher", "_logged_outputs", "_max_batches", "_module_mode", "_results"),
     *("_seen_batches_per_dataloader", "batch_progress", "on_run_start", "run", "setup_data", "trainer"),
 )
@@ -48,6 +49,24 @@ class Result:
     synced: bool
     group: Any
     rank_zero_only: bool
+
+
+def check_loop(trainer: Trainer, asked: str) -> None:
+    """Refuse a Lightning whose evaluation loop is another one than :func:`run_beside` knows.
+
+    Args:
+        trainer: the trainer.
+        asked: the argument that asks for an extra pass, as it was written.
+
+    Raises:
+        ValueError: naming the version, and what its loop lacks.
+    """
+    missing = [name for name in _NEEDED if not hasattr(trainer.validate_loop, name)]
+    if missing:
+        raise ValueError(
+            f"{asked} does not know this version of Lightning, whose evaluation loop has no "
+            f"{', '.join(missing)}. Leave {asked} out, or install another Lightning than {lightning.__version__}."
+        )
 
 
 def loop_of(trainer: Trainer) -> Any:

@@ -21,7 +21,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lightning_ema import Bema, Constant, Warmup, WeightAverage
-from lightning_ema.distributed.dtensor import DTensor, local
+from lightning_ema.distributed.base import local
+from lightning_ema.distributed.dtensor import DTensor
 
 try:
     from torch.distributed.fsdp import MixedPrecisionPolicy

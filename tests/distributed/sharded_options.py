@@ -32,7 +32,8 @@ from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lightning_ema import Bema, Constant, MeanTeacherConfig, MeanTeacherMixin, Power, Snapshots, export_average
-from lightning_ema.distributed.dtensor import DTensor, local
+from lightning_ema.distributed.base import local
+from lightning_ema.distributed.dtensor import DTensor
 
 CHECKS = {}
 

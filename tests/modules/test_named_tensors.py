@@ -8,7 +8,6 @@ from lightning_ema.modules.named_tensors import (
     Survey,
     check_patterns,
     joins,
-    owns_storage,
     tables_of,
     transient_buffers,
 )
@@ -140,11 +139,3 @@ def test_private_tables_of_torch_are_where_we_look_for_them():
     parameters, buffers, children = tables_of(layer)
     assert parameters["weight"] is layer.weight and buffers["running_mean"] is layer.running_mean and children == {}
     assert transient_buffers(Buffers()) == {"cache"}
-
-
-def test_storage_that_something_else_uses_is_not_our_own():
-    flat = torch.zeros(6)
-    assert owns_storage(nn.Parameter(torch.zeros(2, 3)))
-    assert owns_storage(nn.Parameter(torch.zeros(2, 3).t()))
-    assert not owns_storage(nn.Parameter(flat[:4].view(2, 2)))
-    assert not owns_storage(nn.Parameter(torch.zeros(2)).share_memory_())
