@@ -42,9 +42,8 @@ class Pairing:
         self._module = module
         self._settings = settings
         self._into = None if into is None else Survey(into)
-        self._targets = None if self._into is None else {n: c.tensor for c in self._into.candidates for n in c.names}
-        self._keeps_origin = any(schedule.corrects for schedule in settings.decays)
-        self._absorption = Absorption()
+        self._placement = Placement(settings, self._into, partitioned)
+        self._updater = Updater()
         self._pairs: dict[str, Pair] = {}
         self._admitted: set[str] = set()
         self._unbounded: set[str] = set()

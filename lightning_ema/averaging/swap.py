@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lightning_ema.averaging.pair import Pair
-from lightning_ema.distributed.dtensor import is_sharded, local, version
-from lightning_ema.distributed.partition import Reconcile, reconcile_
+from lightning_ema.distributed.base import local
+from lightning_ema.distributed.processes import SyncBuffers, sync_buffers_
 from lightning_ema.modules.named_tensors import Table, without_wrappers
 from lightning_ema.ops.lerp import exchange_
 from lightning_ema.ops.step_hooks import as_before_step
@@ -44,7 +44,7 @@ class Swap:
         copy: bool,
         in_place: bool,
         reshard: Callable[[], None],
-        sync_buffers: Reconcile | None,
+        sync_buffers: SyncBuffers | None,
     ) -> None:
         self._averages = averages
         self._copy = copy
@@ -71,7 +71,7 @@ class Swap:
                 self._contents[pair.name] = contents  # noted first, so that an interruption finds it
                 contents.swap_in()
             if self._sync_buffers is not None:
-                reconcile_([pair.live.data for pair, _ in stored if pair.candidate.is_buffer], self._sync_buffers)
+                sync_buffers_([pair.live.data for pair, _ in stored if pair.candidate.is_buffer], self._sync_buffers)
 
     def end(self) -> list[str]:
         """Brings the live values back, bit for bit. A second call does nothing.
@@ -156,7 +156,7 @@ def _given(pair: Pair, average: Tensor, copy: bool) -> _Given:
         return _Given(pair, average, average, True)
     tensor = pair.live
     if not copy and average.dtype == tensor.dtype and average.device == tensor.device:
-        return _Given(pair, average, average, pair.share is None)
+        return _Given(pair, average, average, pair.cut.stored_as_live)
     return _Given(pair, average, _copy_like(average, tensor), False)
 
 
@@ -244,7 +244,7 @@ class _Contents:
         tensor = pair.live
         alike = average.dtype == tensor.dtype and average.device == tensor.device
         if alike and not copy and kept is None:
-            watched = not pair.candidate.is_buffer and pair.share is None
+            watched = not pair.candidate.is_buffer and pair.cut.stored_as_live
             return cls(pair, average, "exchange", live=average, watched=watched)
         return cls(pair, average, "overwrite", live=tensor.data.clone() if kept is None else kept, watched=False)
 
@@ -254,7 +254,7 @@ class _Contents:
         else:
             self.pair.live.data.copy_(self.average)
             self.swapped = True
-        self.version = version(self.pair.live)
+        self.version = self.pair.version
 
     def end(self) -> None:
         if self.how == "overwrite":
@@ -283,7 +283,7 @@ class _Contents:
         return self.pair.live.detach() if exchanged else self.average
 
     def was_written(self) -> bool:
-        return self.watched and (_replaced(self.pair) or version(self.pair.live) != self.version)
+        return self.watched and (_replaced(self.pair) or self.pair.version != self.version)
 
     def _exchange(self) -> None:
         exchange_(local(self.pair.live).data, local(self.average))
@@ -331,7 +331,7 @@ def not_held(pairs: Iterable[tuple[Pair, Tensor]], state_dict: dict[str, Any]) -
     def holds(pair: Pair, average: Tensor) -> bool:
         if average.dtype != pair.live.dtype:
             return False
-        if is_sharded(pair.live):
+        if pair.cut.sharded:
             value = named.get(pair.name)
             return isinstance(value, Tensor) and (value.dtype, value.shape) == (average.dtype, average.shape)
         return _place(pair.live) in held or _same(state_dict.get(pair.name), average)

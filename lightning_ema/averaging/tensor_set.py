@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lightning_ema.averaging.pair import Pair
 from lightning_ema.averaging.swap import Averages, Swap
-from lightning_ema.distributed import dtensor
-from lightning_ema.distributed.partition import Reconcile
+from lightning_ema.distributed.base import cut_of
+from lightning_ema.distributed.processes import SyncBuffers
 from lightning_ema.modules.batchnorm import Statistics, estimate, statistics_of
 from lightning_ema.modules.named_tensors import Survey
 
@@ -25,7 +25,7 @@ class Tracked(Protocol):
     """What is asked of the averages of a set of tensors."""
 
     num_updates: int
-    sync_buffers: Reconcile | None
+    sync_buffers: SyncBuffers | None
     collectives_off: bool
 
     def pairs(self) -> Iterable[Pair]:
@@ -336,4 +336,4 @@ def write(values: Mapping[str, Tensor], module: nn.Module) -> None:
         tensors = Survey(module).tensors
         with torch.inference_mode(False), torch.no_grad():
             for name, value in values.items():
-                dtensor.write(tensors[name], value)
+                cut_of(tensors[name]).write(tensors[name], value)

@@ -16,8 +16,16 @@ from lightning_ema.averaging.pairing import Pairing
 from lightning_ema.averaging.settings import Settings
 from lightning_ema.averaging.swap import not_held
 from lightning_ema.checkpoint.state import COUNTERS
-from lightning_ema.distributed.dtensor import Groups, all_across, is_sharded, local, sum_across
-from lightning_ema.distributed.partition import Reconcile, everyone, is_first, processes
+from lightning_ema.distributed.base import local
+from lightning_ema.distributed.processes import (
+    Groups,
+    SyncBuffers,
+    all_across,
+    everyone,
+    is_first,
+    sum_across,
+    world_size,
+)
 from lightning_ema.ops.lerp import all_finite, corrected, ratio, squared_norms
 from lightning_ema.schedules.base import Plan, Schedule
 from lightning_ema.schedules.history import History
@@ -59,8 +67,8 @@ class Tracker:
         self.start_step = settings.start_step
         self.schedules = list(settings.decays)
         self.histories = [History() for _ in settings.decays]
-        self.processes = processes() if shard else 1
-        self.sync_buffers: Reconcile | None = None
+        self.processes = world_size() if shard else 1
+        self.sync_buffers: SyncBuffers | None = None
         self.collectives_off = False
         self.tensors = Pairing(module, settings, into, self.processes > 1)
         self._weights = ModuleWeights.of(module)
@@ -82,7 +90,7 @@ class Tracker:
     @property
     def sharded(self) -> bool:
         """Whether tensors are sharded among processes (FSDP2, tensor parallelism); the averages are then, too."""
-        return any(is_sharded(pair.live) for pair in self.tensors.pairs())
+        return any(pair.cut.sharded for pair in self.tensors.pairs())
 
     # --- step and update ----------------------------------------------------------------------------------------------
 
@@ -265,7 +273,7 @@ class Tracker:
         with torch.no_grad():
             for pair in self.tensors.pairs():
                 live = self._weights.live_of(pair)
-                carried = None if pair.share is not None else self.holds.carried_average_of(pair, place)
+                carried = self.holds.carried_average_of(pair, place) if pair.cut.stored_as_live else None
                 average = carried if carried is not None else self._part(pair, live, place) if pair.averages else live
                 of_average, of_live = parts.setdefault(pair.groups, ([], []))
                 of_average.append(local(average))
@@ -286,14 +294,14 @@ class Tracker:
         self.tensors.refresh_if_stale()
         as_kept = not self.schedules[place].corrects
         for pair in self.tensors.pairs():
-            if pair.averages and as_kept and pair.share is None:
+            if pair.averages and as_kept and pair.cut.stored_as_live:
                 yield pair, pair.averages[place]
             elif pair.averages:
                 yield pair, self._whole(pair, self._part(pair, pair.live.detach(), place))
 
     def reshard(self) -> None:
         """Makes the module show its own tensors, where a forward pass leaves others in their place."""
-        self.tensors.settle()
+        self.tensors.reshard()
 
     def _part(self, pair: Pair, live: Tensor, place: int) -> Tensor:
         """``average``, or ``average + bias(n) * (live - origin)`` where the schedule corrects."""
@@ -304,7 +312,7 @@ class Tracker:
             return corrected(average, pair.beside(live), pair.origin, self.bias(place))
 
     def _whole(self, pair: Pair, part: Tensor) -> Tensor:
-        if pair.share is None:
+        if pair.cut.stored_as_live:
             return part
         if self.collectives_off:
             raise RuntimeError(

@@ -43,7 +43,7 @@ OVERLAP = False
 """Whether parameters on CUDA are averaged on a stream of their own; until it was measured on a device, they are not."""
 
 
-class Absorption:
+class Updater:
     """Makes the updates of pairs, until it is given others."""
 
     def __init__(self) -> None:

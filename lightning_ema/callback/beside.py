@@ -12,7 +12,7 @@ from lightning_ema.callback.messages import monitors_another
 from lightning_ema.callback.settings import CallbackSettings
 from lightning_ema.evaluation import extra_pass
 from lightning_ema.evaluation.passes import Passes
-from lightning_ema.trainer import facts
+from lightning_ema.trainer import facts, strategies
 
 
 def check_beside(trainer: Trainer, evaluating: Sequence[CallbackSettings], shard: bool) -> None:
@@ -26,9 +26,9 @@ def check_beside(trainer: Trainer, evaluating: Sequence[CallbackSettings], shard
     Raises:
         ValueError: naming them and what to do instead.
     """
-    facts.check_strategy(trainer)
+    strategies.check_strategy(trainer)
     if shard:
-        facts.check_shard(trainer)
+        strategies.check_shard(trainer)
     facts.check_callbacks(trainer)
     for place, settings in enumerate(evaluating):
         for other in evaluating[:place]:

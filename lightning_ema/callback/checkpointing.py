@@ -17,7 +17,7 @@ from lightning_ema.checkpoint.entry import changes, find, foreign, other_setting
 from lightning_ema.evaluation.passes import Passes
 from lightning_ema.modules.batchnorm import statistics_of
 from lightning_ema.modules.named_tensors import Survey
-from lightning_ema.trainer import facts
+from lightning_ema.trainer import facts, strategies
 from lightning_ema.trainer.checkpoint_hook import Hook, ModuleHook
 
 
@@ -85,7 +85,7 @@ class Checkpointing:
         elif tracker is not None:
             self.take_hold()
             self._put_average(trainer, checkpoint)
-        elif facts.spawns(trainer) and facts.is_fitting(trainer):
+        elif strategies.spawns(trainer) and facts.is_fitting(trainer):
             self._holder.warn(not_returned())
 
     def _around_save(self, pl_module: LightningModule, checkpoint: dict[str, Any], own: Hook) -> None:

@@ -25,7 +25,7 @@ from lightning_ema.evaluation.passes import Passes
 from lightning_ema.evaluation.settings import Evaluate
 from lightning_ema.posthoc.snapshots import Snapshots, discard_future, write
 from lightning_ema.schedules.base import Schedule
-from lightning_ema.trainer import facts, training_batches
+from lightning_ema.trainer import facts, strategies, training_batches
 
 
 @facts.known_to_pytorch_lightning
@@ -145,12 +145,12 @@ class EMACallback(Callback):
         self._passes.check(trainer)
         if tracker is not None:
             tracker.collectives_off = False  # all processes have met, or none would be here
-            tracker.weights.expect_broadcast(facts.overwrites_weights(trainer))
+            tracker.weights.expect_broadcast(strategies.overwrites_weights(trainer))
         holder.drop_if_over()
         if stage == "fit":
             holder.snapshots = self._snapshots_of(trainer)
             self._begin_fit(pl_module)
-            if facts.spawns(trainer):
+            if strategies.spawns(trainer):
                 holder.warn(messages.will_not_return())
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

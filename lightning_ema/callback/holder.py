@@ -16,7 +16,7 @@ from lightning_ema.callback.messages import partitioned_among_others, still_risi
 from lightning_ema.callback.settings import CallbackSettings
 from lightning_ema.posthoc.snapshots import Snapshots, take
 from lightning_ema.schedules.base import Plan
-from lightning_ema.trainer import facts, training_batches
+from lightning_ema.trainer import facts, strategies, training_batches
 from lightning_ema.trainer.clock import Clock
 
 NOT_YET = sys.maxsize
@@ -170,7 +170,7 @@ class Holder:
         tracker = self.require()
         if tracker.processes > 1 and tracker.processes != trainer.world_size:
             raise RuntimeError(partitioned_among_others(tracker.processes, trainer.world_size))
-        tracker.sync_buffers = facts.reconcile(trainer)
+        tracker.sync_buffers = strategies.sync_buffers(trainer)
 
     def batches(self, trainer: Trainer) -> Batches | None:
         """Training batches to recalibrate from; None outside a fit that is running as it should."""

@@ -30,7 +30,7 @@ def store(trainer: Trainer, checkpoint: dict[str, Any], entry: dict[str, Any]) -
 
 def agreed(trainer: Trainer, tracker: Tracker, missing: list[str]) -> list[str]:
     """What ``state_dict`` does not hold. Of a gathered one only the first process can say, and it alone writes."""
-    return facts.agreed(trainer, missing) if tracker.sharded or tracker.processes > 1 else missing
+    return strategies.agreed(trainer, missing) if tracker.sharded or tracker.processes > 1 else missing
 
 
 def fetch(trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any], entry: dict[str, Any]) -> None:

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ema.distributed.dtensor import gathered
-from lightning_ema.modules.named_tensors import Survey, memory_of, without_wrappers
+from lightning_ema.distributed.base import cut_of
+from lightning_ema.modules.memory import memory_of
+from lightning_ema.modules.named_tensors import Survey, without_wrappers
 from lightning_ema.schedules.history import History, Stretch
 
 FORMAT = 1

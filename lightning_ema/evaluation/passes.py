@@ -14,7 +14,7 @@ from lightning_ema.evaluation.selection import best_of, score_of
 from lightning_ema.evaluation.settings import Evaluation
 from lightning_ema.schedules.base import PerUpdate, Schedule
 from lightning_ema.schedules.basic import Warmup
-from lightning_ema.trainer import facts
+from lightning_ema.trainer import facts, strategies
 from lightning_ema.trainer.evaluation_loop import Result
 
 Take = Callable[[], Batches | None]
@@ -76,7 +76,7 @@ class Passes:
             self._scored.append((f"/{self.label(tracker, place)}", results))
             logged = {result.name: float(result.value) for result in results}
             # the first process's: values that are not reduced differ among them, and may be logged there alone
-            scores.append(score_of(select.metric, facts.agreed(trainer, logged)))
+            scores.append(score_of(select.metric, strategies.agreed(trainer, logged)))
         tracker.holds.selected = best_of(scores, select.mode, tracker.holds.selected)
         labels = [label(schedule) for schedule in tracker.settings.decays]
         step = tracker.num_steps - tracker.start_step

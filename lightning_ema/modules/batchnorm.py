@@ -40,5 +40,5 @@ def estimate(module: nn.Module, batches: Iterable[Any], together: bool) -> Stati
         update_bn(batches, module)
         current = statistics_of(module)
         if together:
-            reconcile_([tensor for tensor in current.values() if tensor.is_floating_point()], "mean")
+            sync_buffers_([tensor for tensor in current.values() if tensor.is_floating_point()], "mean")
         return {name: tensor.clone() for name, tensor in current.items()}

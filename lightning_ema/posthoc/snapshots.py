@@ -13,7 +13,7 @@ from typing import Any
 from lightning_ema.averaging.weight_average import WeightAverage, place_of, tracker_of
 from lightning_ema.checkpoint import snapshot as snapshot_file
 from lightning_ema.checks import check_count
-from lightning_ema.distributed.partition import is_first
+from lightning_ema.distributed.processes import is_first
 from lightning_ema.schedules.base import Schedule
 from lightning_ema.schedules.history import History, joined
 from lightning_ema.schedules.text import write_schedule

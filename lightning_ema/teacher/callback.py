@@ -23,7 +23,7 @@ from lightning_ema.modules.named_tensors import Survey
 from lightning_ema.schedules.base import Plan
 from lightning_ema.teacher.config import MeanTeacherConfig
 from lightning_ema.teacher.networks import Watched, check_alike, check_width, copy_buffers, copy_frozen, networks
-from lightning_ema.trainer import facts
+from lightning_ema.trainer import facts, run_length, strategies
 from lightning_ema.trainer.clock import Clock
 
 _NOT_STARTED = sys.maxsize
@@ -84,7 +84,7 @@ class TeacherCallback(Callback):
         self._module, self._config, self._plan = pl_module, config, None
         if trainer.ckpt_path is None:
             self._loaded = None  # of a file that was only tested or validated
-        begins = facts.begins(trainer) and self._loaded is None
+        begins = run_length.begins(trainer) and self._loaded is None
         if (
             not begins
             and self._loaded is None

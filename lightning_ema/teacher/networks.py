@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_ema.distributed.dtensor import same_cut
+from lightning_ema.distributed.base import same_cut
 from lightning_ema.modules.named_tensors import Survey, Table, without_wrappers
 
 _SHOWN = 6

@@ -7,8 +7,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from lightning_ema.schedules.base import Plan
-from lightning_ema.trainer import facts
-from lightning_ema.trainer.facts import Pace
+from lightning_ema.trainer import run_length
+from lightning_ema.trainer.run_length import Pace
 from lightning_ema.trainer.step_counter import StepCounter
 
 
@@ -27,10 +27,10 @@ class Clock:
 
     def begin(self, trainer: Trainer, num_steps: int) -> Plan:
         """Training begins, or goes on, with an average that has seen so many steps; gives the plan from its first."""
-        if facts.begins(trainer):
+        if run_length.begins(trainer):
             self.steps_before, self._pace = num_steps, Pace()
-        self._pace = facts.pace(trainer, self._pace, num_steps - self.steps_before)
-        return facts.plan(trainer, self._pace).after(-self.steps_before)
+        self._pace = run_length.pace(trainer, self._pace, num_steps - self.steps_before)
+        return run_length.plan(trainer, self._pace).after(-self.steps_before)
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs to know."""

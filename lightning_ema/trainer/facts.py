@@ -9,9 +9,6 @@ import lightning_utilities.core.rank_zero as rank_zero
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from lightning_ema.distributed.partition import Reconcile
-from lightning_ema.schedules.base import Plan
-
 _Kind = TypeVar("_Kind", bound=type)
 
 _CONFLICTING = {

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from lightning.pytorch import Trainer
 
-from lightning_ema.schedules.basic import Plan
+from lightning_ema.schedules.base import Plan
 from lightning_ema.trainer.facts import callbacks
 
 
