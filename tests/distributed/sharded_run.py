@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from sharded import Sharded, averaging, data, ended, fit, quiet, same, trainer_of, whole_of, write
+from sharded import Sharded, averaging, data, ended, fit, forked, same, trainer_of, whole_of, write
 
 from lightning_ema import Constant
 
@@ -226,14 +226,14 @@ def mixed_precision(folder, folders):
     rank_zero(this, (by_hand.averages[0], by_hand.live), folder / "mixed.pt")
 
 
-if __name__ == "__main__":
-    quiet()
-    root = Path(sys.argv[1])
-    wanted = {name: function for name, function in CHECKS.items() if not sys.argv[2:] or name in sys.argv[2:]}
+def main(root, wanted):
+    checks = {name: function for name, function in CHECKS.items() if not wanted or name in wanted}
     seen = {}
     for name in ("file", "folder"):
         (root / name).mkdir(exist_ok=True)
-        seen |= {f"{key}[{name}]": text for key, text in ended(wanted, root / name, name == "folder").items()}
+        seen |= {f"{key}[{name}]": text for key, text in ended(checks, root / name, name == "folder").items()}
     write(root, torch.distributed.get_rank(), seen)
-    torch.distributed.barrier()  # the first process ends the others when it ends
-    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    forked(2, main, Path(sys.argv[1]), sys.argv[2:])

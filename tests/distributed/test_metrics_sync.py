@@ -1,11 +1,11 @@
 """Two real processes, joined by gloo through a file: every metric gives the value over all data on both of them."""
 
 import json
-import multiprocessing
 
 import pytest
 import torch
 import torch.distributed as dist
+from two_processes import forks
 
 from lightning_ema import PseudoLabelAcceptance, PseudoLabelAccuracy, RelativeWeightDistance, TeacherStudentAgreement
 
@@ -40,7 +40,7 @@ def run(rank, folder):
 
 
 def test_metrics_of_two_processes_give_the_value_over_all_data(tmp_path):
-    multiprocessing.set_forkserver_preload(["lightning_ema"])  # imported once, not once a process
+    forks()  # what is imported is imported once
     torch.multiprocessing.start_processes(run, (tmp_path,), nprocs=2, start_method="forkserver")
     for rank in range(2):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == pytest.approx(EXPECTED)
