@@ -83,7 +83,7 @@ def measured(kind: str, dtype: torch.dtype, width: int, rounds: int) -> Cost:
     average = WeightAverage(model, Constant(0.999), shard=kind == "DDP, shard=True")
     average.step()
     held = bytes_alive() - before
-    with average.lent():
+    with average.swapped():
         on_loan = bytes_alive() - before
     whole.step()
     ratios = []

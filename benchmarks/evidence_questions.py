@@ -21,7 +21,7 @@ AMOUNTS = (4, 8, 16, 32)
 
 
 def of_average(average, test):
-    with average.lent() as net:
+    with average.swapped() as net:
         return error(net, test)
 
 
@@ -95,7 +95,7 @@ def batchnorm(seed, steps):
 
 def recalibrated(average, train, test, seed):
     inputs = shifted(train[0], torch.Generator().manual_seed(seed))  # as in training
-    with average.lent() as net:
+    with average.swapped() as net:
         statistics = Recalibration(net)
         statistics.put_in(inputs.split(100), made_at=average.num_updates)
         found = error(net, test)

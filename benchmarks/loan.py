@@ -36,7 +36,7 @@ class _Written(TorchDispatchMode):
 
 def in_place(module: nn.Module) -> Callable[[], object]:
     average = WeightAverage(module.share_memory(), Constant(0.999))
-    return lambda: average.lend().recall()
+    return lambda: (average.swap_in(), average.swap_out())
 
 
 def main(rounds: int) -> list[Table]:

@@ -42,7 +42,7 @@ class Peer:
 
 def ours(module: nn.Module, buffers: bool) -> Peer:
     average = WeightAverage(module, Constant(DECAY), buffers="average" if buffers else "copy")
-    return Peer(average, average.step, lambda: average.lend().recall())
+    return Peer(average, average.step, lambda: (average.swap_in(), average.swap_out()))
 
 
 def averaged_model(module: nn.Module, buffers: bool) -> Peer:

@@ -78,7 +78,7 @@ def distances(train, test):
                 trained(net, [average], train, falls_to, share_of_noise, seed)
                 error, loss = scores(net, test)
                 for decay, each in zip(DECAYS, average.averages, strict=True):
-                    with each.lent():
+                    with each.swapped():
                         own_error, own_loss = scores(net, test)
                     found[decay].append((each.distance(), error, error - own_error, 100 * (loss - own_loss) / loss))
             for decay, rows in found.items():
@@ -107,9 +107,9 @@ def starts(train, test):
             average = WeightAverage(net, [*map(Constant, decays), *map(Warmup, decays)])
             trained(net, [average], train, 1.0, share_of_noise, seed)
             for place, share in enumerate(START_SHARES):
-                with average.averages[place].lent():
+                with average.averages[place].swapped():
                     bare, bare_loss = scores(net, test)
-                with average.averages[len(decays) + place].lent():
+                with average.averages[len(decays) + place].swapped():
                     warm, warm_loss = scores(net, test)
                 found[share].append((bare, warm, bare - warm, 100 * (bare_loss - warm_loss) / warm_loss))
         for (share, rows), decay in zip(found.items(), decays, strict=True):
@@ -135,7 +135,7 @@ def precisions(train):
     trained(net, [exact, *itertools.chain(*narrow.values())], train, 1.0, 0.0, 0)
     for dtype, averages in narrow.items():
         for each, reference in zip(averages, exact.averages, strict=True):
-            lives, wanted = dict(each.named_live()), dict(reference.named_tensors())
+            lives, wanted = dict(engine(each).named_live()), dict(reference.named_tensors())
             rate, still, elements, error, whole = 1 - each.decay, 0, 0, 0.0, 0.0
             for name, tensor in each.named_tensors():
                 still += (tensor.lerp(lives[name].to(dtype), rate) == tensor).sum().item()

@@ -83,7 +83,7 @@ def assert_follows(system, recipe, compare_from=1, make=net, walk=walk, counted_
         average.step(1 + counted_before if n == 1 else 1)
         if n < compare_from:
             continue
-        with average.lent():
+        with average.swapped():
             ours = {name: tensor.clone() for name, tensor in module.state_dict().items()}
         theirs = system.tensors()
         assert theirs.keys() >= {"first.weight", "first.bias", "norm.weight", "frozen.weight", "head.bias"}

@@ -23,6 +23,6 @@ def test_a_fabric_loop():
         expected = 0.9 * expected + 0.1 * net.weight.detach()
     torch.testing.assert_close(dict(average.named_tensors())["weight"], expected)
     live = net.weight.detach().clone()
-    with average.lent(), torch.no_grad():
+    with average.swapped(), torch.no_grad():
         assert torch.allclose(model(torch.eye(2)) - net.bias, expected.t())
     assert torch.equal(net.weight, live)

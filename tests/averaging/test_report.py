@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from helpers import Regression, ema, fit, seeded
+from helpers import Regression, ema, engine, fit, seeded
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_utilities.core.rank_zero import rank_zero_only
@@ -159,7 +159,7 @@ def trained(average, gaps=(1,) * 40):
     noise = torch.Generator().manual_seed(5)
     for gap in gaps:
         with torch.no_grad():
-            for parameter in average.module.parameters():
+            for parameter in engine(average).module.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=noise))
         average.step(gap)
     return average
@@ -221,17 +221,17 @@ class TestFacts:
         trained(average, (1,) * 9)
         before = {name: tensor.clone() for name, tensor in average.named_tensors()}
         free = average.report()
-        with average.lent():
+        with average.swapped():
             assert average.report() == free
-        average.deliver()
+        average.apply(keep=True)
         assert average.report() == free
-        average.take_back()
+        average.restore()
         assert all(torch.equal(before[name], tensor) for name, tensor in average.named_tensors())
         assert "7 updates since step 2 with Equal()" in average.averages[1].report()
 
     def test_weights_that_are_not_finite(self):
         average = trained(WeightAverage(nn.Linear(2, 2), 0.9))
-        average.module.weight.data[0, 0] = math.nan
+        engine(average).module.weight.data[0, 0] = math.nan
         assert math.isnan(average.distance()) and "are not finite" in average.report()
         average.step()
         assert "are not finite" in average.report()

@@ -2,6 +2,7 @@ import warnings
 
 import pytest
 import torch
+from helpers import engine
 
 from lightning_ema import Constant, EMACallback, ExponentialAnnealing, HalfLife, PerUpdate, Then, Warmup, WeightAverage
 from lightning_ema.averaging.settings import label
@@ -81,7 +82,10 @@ def test_an_interval_within_a_tenth_of_the_horizon_does_not(decay, every_n_steps
 
 def test_settings_come_back_from_their_own_arguments():
     average = WeightAverage(torch.nn.Linear(1, 1), 0.9, start_step=3, exclude=["bias"], dtype=torch.float64)
-    assert WeightAverage(average.module, **average.settings.as_arguments()).settings == average.settings
+    assert (
+        WeightAverage(engine(average).module, **engine(average).settings.as_arguments()).settings
+        == engine(average).settings
+    )
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import clones, equal
+from helpers import clones, engine, equal
 from torch import nn
 
 from lightning_ema import Bema, Constant, Cosine, Equal, Power, Scaled, Then, WeightAverage
@@ -71,15 +71,15 @@ def test_each_is_lent_and_comes_back():
             if carrying == "lent":
                 loan = each.lend()
             else:
-                each.deliver()
+                each.apply(keep=True)
             assert equal({name: net.state_dict()[name] for name in values}, values)
             for other, others in zip(first.averages, all_of_them, strict=True):
                 assert equal(other.named_tensors(), others)
-                assert equal(other.named_live(), {name: live[name] for name in others})
+                assert equal(engine(other).named_live(), {name: live[name] for name in others})
                 if carrying == "lent":
                     with pytest.raises(RuntimeError, match="Loans do not nest"):
                         other.lend()
-            loan.recall() if carrying == "lent" else each.take_back()
+            loan.recall() if carrying == "lent" else each.restore()
             assert equal(net.state_dict(), live)
 
 
@@ -91,16 +91,16 @@ def test_each_is_lent_while_the_module_holds_another(dtype):
         walk(net)
         first.step()
     live, all_of_them = clones(net.state_dict()), [clones(each.named_tensors()) for each in first.averages]
-    first.deliver()
+    first.apply(keep=True)
     held = clones(net.state_dict())
     for each, values in zip(first.averages, all_of_them, strict=True):
-        with each.lent():
+        with each.swapped():
             assert equal({name: net.state_dict()[name] for name in values}, {n: v.to(dtype) for n, v in values.items()})
-            assert equal(first.named_live(), {name: live[name] for name in values})
+            assert equal(engine(first).named_live(), {name: live[name] for name in values})
         assert equal(net.state_dict(), held)
     with pytest.raises(RuntimeError, match=r"Write `with average\.lent\(\):`"):
         first.averages[1].lend()
-    first.take_back()
+    first.restore()
     assert equal(net.state_dict(), live)
 
 
@@ -124,7 +124,7 @@ def test_counters_are_shared_and_any_of_them_may_count():
         first.start()
         net[0].weight.fill_(1)
     second.step()
-    assert first.num_steps == second.num_steps == first.num_updates == second.last_update_step == 1
+    assert first.num_steps == second.num_steps == first.num_updates == engine(second).last_update_step == 1
     assert dict(first.named_tensors())["0.weight"].eq(0.5).all()
     assert dict(second.named_tensors())["0.weight"].eq(0.25).all()
     assert second.averages == [second]
@@ -199,7 +199,7 @@ class TestBema:
         with torch.no_grad():
             net[1].weight.fill_(10.0)
         net[1].requires_grad_(True)
-        average.refresh()
+        engine(average).refresh()
         with torch.no_grad():
             net[1].weight.fill_(16.0)
         average.step()  # decay 1 - 1/3, bias 1/3: 10 + 6/3 = 12, and (16 - 10) / 3 on top
@@ -265,7 +265,7 @@ def test_what_the_run_knows_reaches_every_schedule():
     from lightning_ema import Plan
 
     average = WeightAverage(network(), [Cosine(0.5, 1.0), 0.9, Cosine(0.9, 1.0)])
-    average.bind(Plan(total_steps=40))
+    engine(average).bind(Plan(total_steps=40))
     assert [each.schedule for each in average.averages][::2] == [Cosine(0.5, 1.0, 40), Cosine(0.9, 1.0, 40)]
 
 

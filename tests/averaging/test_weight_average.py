@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers import engine
 from torch import nn
 
 from lightning_ema import Constant, Cosine, Equal, PerUpdate, Plan, Power, Then, Warmup, WeightAverage
@@ -31,7 +32,7 @@ def follow(average, values):
     """Sets the weight to each value in turn, takes a step, and gives the averages."""
     out = []
     for v in values:
-        average.module.set(a=v)
+        engine(average).module.set(a=v)
         average.step()
         out.append(value(average))
     return out
@@ -52,11 +53,11 @@ class TestTheUpdate:
     def test_step_says_whether_it_updated(self):
         average = WeightAverage(Numbers(a=1), every_n_steps=2, start_step=1)
         assert [average.step() for _ in range(5)] == [False, False, True, False, True]
-        assert (average.num_steps, average.num_updates, average.last_update_step) == (5, 2, 5)
+        assert (average.num_steps, average.num_updates, engine(average).last_update_step) == (5, 2, 5)
 
     def test_the_average_is_the_live_weights_up_to_the_start(self):
         average = WeightAverage(Numbers(a=1), Constant(0.5), start_step=2)
-        assert not average.started
+        assert not engine(average).started
         assert follow(average, [10, 20, 40]) == [10, 20, 30]
         assert average.num_updates == 1
 
@@ -89,16 +90,16 @@ class TestTheUpdate:
     @pytest.mark.filterwarnings("ignore:every_n_steps")
     def test_several_steps_at_once_count_as_what_they_are(self):
         average = WeightAverage(Numbers(a=0), Constant(0.5), every_n_steps=3)
-        average.module.set(a=1)
+        engine(average).module.set(a=1)
         assert [average.step(n) for n in (2, 2, 1, 0, 4)] == [False, True, False, False, True]
         # 1 - 0.5 ** 9 after nine steps; the last update came at the ninth
         assert value(average) == pytest.approx(1 - 0.5**9)
 
     def test_steps_that_run_past_the_start_set_the_average_where_they_end(self):
         average = WeightAverage(Numbers(a=1), Constant(0.5), start_step=3)
-        average.module.set(a=5)
+        engine(average).module.set(a=5)
         assert average.step(5) is False
-        assert (value(average), average.start_step, average.num_updates) == (5, 5, 0)
+        assert (value(average), engine(average).start_step, average.num_updates) == (5, 5, 0)
 
     def test_negative_steps_are_refused(self):
         with pytest.raises(ValueError, match=r"step\(-1\): the number of steps since the last call is a whole number"):
@@ -108,7 +109,7 @@ class TestTheUpdate:
         average = WeightAverage(Numbers(a=1), Cosine(0.9, 1.0))
         with pytest.raises(ValueError, match=r"Write Cosine\(0.9, 1.0, total_steps=...\)"):
             average.step()
-        average.bind(Plan(total_steps=2))
+        engine(average).bind(Plan(total_steps=2))
         assert average.decay == pytest.approx(0.95)
 
 
@@ -129,10 +130,10 @@ class TestPrecision:
         for live in (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0):
             net.set(a=live)
             average.step()
-            with average.lent():
+            with average.swapped():
                 assert net.a.dtype == torch.bfloat16
-            average.deliver()
-            average.take_back()
+            average.apply(keep=True)
+            average.restore()
             assert net.a.item() == live
         assert value(average) == 1 - 2**-10  # bfloat16 has no number between 1 - 2 ** -8 and 1
 
@@ -151,7 +152,7 @@ class TestWhatIsAveraged:
         norm.num_batches_tracked.fill_(7)
         average.step()
         assert value(average, "running_mean") == 2
-        with average.lent():
+        with average.swapped():
             assert norm.running_mean.item() == 2
             assert norm.num_batches_tracked.item() == 7
         assert "num_batches_tracked" not in dict(average.named_tensors())
@@ -161,7 +162,7 @@ class TestWhatIsAveraged:
         average = WeightAverage(norm, Constant(0.5), buffers="copy")
         norm.running_mean.fill_(4)
         average.step()
-        with average.lent():
+        with average.swapped():
             assert norm.running_mean.item() == 4
 
     def test_a_mask_of_infinities_does_not_become_nan(self):
@@ -169,7 +170,7 @@ class TestWhatIsAveraged:
         net.register_buffer("mask", torch.full((2, 2), -float("inf")).triu(1))
         average = WeightAverage(net, on_nonfinite="raise")
         assert average.step()
-        with average.lent():
+        with average.swapped():
             assert net.mask.tolist() == [[0, -float("inf")], [0, 0]]
 
     def test_include_and_exclude(self):
@@ -202,7 +203,7 @@ class TestWhatIsAveraged:
         nn.init.ones_(net.a.weight)
         average.step()
         assert value(average, "a.weight") == pytest.approx(0.1)  # and not 0.19
-        with average.lent():
+        with average.swapped():
             assert net.b.weight is net.a.weight
 
     def test_modules_that_cannot_be_copied(self):
@@ -222,7 +223,7 @@ class TestAModuleThatChanges:
         average.step()
         assert "b" not in dict(average.named_tensors())
         net.b.requires_grad_(True)
-        average.refresh()  # before its first step, as the callback does
+        engine(average).refresh()  # before its first step, as the callback does
         net.set(b=0)
         average.step()
         assert value(average, "b") == 4
@@ -240,7 +241,7 @@ class TestAModuleThatChanges:
         net = nn.Sequential(nn.LazyLinear(1, bias=False))
         average = WeightAverage(net, Constant(0.5))
         net(torch.ones(1, 2))
-        average.refresh()
+        engine(average).refresh()
         start = net[0].weight.detach().clone()
         with torch.no_grad():
             net[0].weight.add_(2)
@@ -253,7 +254,7 @@ class TestAModuleThatChanges:
         net.a = nn.Parameter(torch.tensor([4.0]))
         assert average.step()
         assert value(average) == 2
-        assert average.owns(torch.optim.SGD(net.parameters(), 0.1))
+        assert engine(average).owns(torch.optim.SGD(net.parameters(), 0.1))
 
     def test_a_replaced_layer_of_another_shape_starts_again_and_says_so(self):
         net = nn.Sequential(nn.Linear(1, 1, bias=False))
@@ -267,10 +268,10 @@ class TestAModuleThatChanges:
         net = nn.Sequential(nn.Linear(2, 1), nn.Linear(2, 1))
         net[0].requires_grad_(False)
         average = WeightAverage(net, Constant(0.5))
-        average.refresh()  # a batch whose gradients are accumulated: no step follows
+        engine(average).refresh()  # a batch whose gradients are accumulated: no step follows
         net[0].requires_grad_(True)
         net.append(nn.Linear(2, 1))
-        average.refresh()
+        engine(average).refresh()
         before = {name: value.detach().clone() for name, value in net.named_parameters()}
         with torch.no_grad():
             for parameter in net.parameters():
@@ -284,16 +285,16 @@ class TestAModuleThatChanges:
         net = nn.Sequential(nn.Linear(1, 1, bias=False))
         average = WeightAverage(net, Constant(0.5))
         initial = net[0].weight.detach().clone()
-        average.refresh()  # a batch whose gradients are accumulated
+        engine(average).refresh()  # a batch whose gradients are accumulated
         net[0] = nn.Linear(1, 1, bias=False)
         live = net[0].weight.detach().clone()
-        with average.lent():
+        with average.swapped():
             assert torch.equal(net[0].weight, initial)
         assert torch.equal(net[0].weight, live)
-        average.refresh()
+        engine(average).refresh()
         net[0] = nn.Linear(1, 1, bias=False)
         average.state_dict()
-        assert torch.equal(dict(average.named_live())["0.weight"], net[0].weight)
+        assert torch.equal(dict(engine(average).named_live())["0.weight"], net[0].weight)
 
     def test_an_added_layer_joins_and_a_removed_one_leaves(self):
         net = nn.Sequential(nn.Linear(1, 1, bias=False))
@@ -339,7 +340,7 @@ class TestAModuleThatChanges:
             average.step()
             assert value(average, "center") == expected
         center = net.center
-        with average.lent():
+        with average.swapped():
             assert net.center.item() == 3
         assert net.center is center
         assert net.center.item() == 4
@@ -348,21 +349,21 @@ class TestAModuleThatChanges:
 class TestNonFinite:
     def diverge(self, how):
         average = WeightAverage(Numbers(a=0, b=0), Constant(0.5), on_nonfinite=how)
-        average.module.set(a=4, b=4)
+        engine(average).module.set(a=4, b=4)
         average.step()
-        average.module.set(a=float("nan"))
+        engine(average).module.set(a=float("nan"))
         return average
 
     def test_skip_keeps_the_average_and_counts(self):
         average = self.diverge("skip")
         assert average.step() is False
         assert (value(average), value(average, "b")) == (2, 2)
-        assert (average.num_steps, average.num_updates, average.num_skipped) == (2, 1, 1)
+        assert (average.num_steps, average.num_updates, engine(average).num_skipped) == (2, 1, 1)
 
     def test_the_next_update_covers_the_skipped_steps(self):
         average = self.diverge("skip")
         average.step()
-        average.module.set(a=4)
+        engine(average).module.set(a=4)
         assert average.step() is True
         assert value(average) == pytest.approx(0.25 * 2 + 0.75 * 4)
 
@@ -389,7 +390,7 @@ class TestInto:
         student.set(a=0)
         average.step()
         assert (teacher.a.item(), teacher.a.data_ptr()) == (2, pointer)
-        with average.lent():
+        with average.swapped():
             assert student.a.item() == 2
         assert student.a.item() == 0
 
@@ -406,15 +407,15 @@ class TestApplyAndDistance:
         average = WeightAverage(Numbers(a=8), Constant(0.5))
         follow(average, [0])
         average.apply()
-        assert average.module.a.item() == 4
+        assert engine(average).module.a.item() == 4
         follow(average, [0])
         assert value(average) == 2
 
     def test_distance_by_hand(self):
         average = WeightAverage(Numbers(a=3, b=0), Constant(1.0))
-        average.module.set(a=0, b=4)
+        engine(average).module.set(a=0, b=4)
         assert average.distance() == pytest.approx(5 / 4)
-        with average.lent():
+        with average.swapped():
             assert average.distance() == pytest.approx(5 / 4)
 
 

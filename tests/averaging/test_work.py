@@ -84,7 +84,7 @@ def test_a_loan_writes_and_copies_nothing(count_allocations):
     average = WeightAverage(many())
 
     def loan():
-        with average.lent():
+        with average.swapped():
             pass
 
     with count_allocations() as allocated:

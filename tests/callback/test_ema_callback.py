@@ -12,11 +12,14 @@ from helpers import (
     Regression,
     clones,
     ema,
+    engine,
     equal,
     fit,
     loader,
     needs_weight_averaging,
+    schedule_of,
     seeded,
+    settings_of,
     trainer,
 )
 from lightning.pytorch import Callback
@@ -77,7 +80,7 @@ class TestSteps:
         callback, module = EMACallback(Constant(0.9)), seeded(Manual, steps=(10,))
         start = clones(module.state_dict())
         fit(module, callback, max_epochs=1, limit_train_batches=1)
-        average, live = dict(callback.average.named_tensors()), dict(callback.average.named_live())
+        average, live = dict(callback.average.named_tensors()), dict(engine(callback.average).named_live())
         for name in average:
             expected = 0.9**10 * start[name] + (1 - 0.9**10) * live[name]
             torch.testing.assert_close(average[name], expected, rtol=1e-5, atol=1e-6)
@@ -222,25 +225,25 @@ class TestStart:
 
         class Watch(Callback):
             def on_train_batch_end(self, *_):
-                seen.append(callback.average.started)
+                seen.append(engine(callback.average).started)
 
         fit(seeded(), callback, Watch())
         if started_at is None:
-            assert not callback.average.started
+            assert not engine(callback.average).started
         else:
-            assert callback.average.start_step == started_at
+            assert engine(callback.average).start_step == started_at
             assert callback.average.num_updates == 2 * BATCHES - started_at
 
     def test_a_schedule_learns_the_length_of_the_run_from_the_start_on(self):
         callback = ema(decay=Cosine(0.5, 1.0), start_epoch=1)
         fit(seeded(), callback, max_epochs=4)
-        assert callback.average.schedule == Cosine(0.5, 1.0, total_steps=3 * BATCHES)
+        assert schedule_of(callback.average) == Cosine(0.5, 1.0, total_steps=3 * BATCHES)
 
     def test_half_life_in_epochs_and_samples(self):
         for decay, steps in ((HalfLife(epochs=2), 2 * 3), (HalfLife(samples=64), 64 / (8 * 2))):
             callback = ema(decay=decay)
             fit(seeded(), callback, accumulate_grad_batches=2)
-            assert callback.average.schedule == HalfLife(steps=steps)
+            assert schedule_of(callback.average) == HalfLife(steps=steps)
 
     @pytest.mark.parametrize(
         ("settings", "total"),
@@ -249,7 +252,7 @@ class TestStart:
     def test_the_run_ends_with_max_steps_or_max_epochs_whichever_comes_first(self, settings, total):
         callback = ema(decay=Cosine(0.5, 1.0))
         fit(seeded(), callback, **settings)
-        assert callback.average.schedule.total_steps == total
+        assert schedule_of(callback.average).total_steps == total
 
     def test_a_run_without_an_end_is_refused_where_its_length_is_needed(self):
         with pytest.raises(
@@ -321,8 +324,8 @@ class TestNonFinite:
         with pytest.warns(UserWarning, match="live weights are not finite at step") as caught:
             fit(seeded(Diverges, norm=False), callback)
         assert len([w for w in caught if "not finite" in str(w.message)]) == 1
-        assert callback.average.num_skipped > 1
-        assert callback.average.num_skipped + callback.average.num_updates == 2 * BATCHES
+        assert engine(callback.average).num_skipped > 1
+        assert engine(callback.average).num_skipped + callback.average.num_updates == 2 * BATCHES
         assert all(tensor.isfinite().all() for _, tensor in callback.average.named_tensors())
 
     def test_raise_names_the_tensor(self):
@@ -437,7 +440,7 @@ class TestSeveral:
 class TestAcrossRuns:
     def test_the_callback_pickles_and_copies_before_and_after_a_fit(self):
         callback = ema(decay=Cosine(0.5, 1.0), include=["net.*"])
-        assert pickle.loads(pickle.dumps(callback)).settings == callback.settings
+        assert pickle.loads(pickle.dumps(callback)).settings == settings_of(callback)
         fit(seeded(), callback)
         assert equal(copy.deepcopy(callback).average.named_tensors(), callback.average.named_tensors())
 
@@ -520,8 +523,8 @@ def test_an_error_anywhere_in_an_evaluation_leaves_the_live_weights(where, fn, e
     else:
         with pytest.raises((error, SystemExit)):
             fit(module, callback)
-    live, average = dict(callback.average.named_live()), dict(callback.average.named_tensors())
-    assert callback.average.loan is None
+    live, average = dict(engine(callback.average).named_live()), dict(callback.average.named_tensors())
+    assert not engine(callback.average).weights.held
     assert equal({name: module.state_dict()[name] for name in live}, live)
     assert not equal(live, average)
 
@@ -580,7 +583,7 @@ def test_pytorch_lightning_under_its_other_name(tmp_path):
     resumed = Model()
     run(again, resumed, ckpt_path=saving.dirpath + "/epoch=1.ckpt")
     assert equal(again.average.named_tensors(), whole.average.named_tensors())
-    assert equal(again.average.named_live(), whole.average.named_live())
+    assert equal(engine(again.average).named_live(), engine(whole.average).named_live())
     run(again, Model())
     assert "on_save_checkpoint" not in vars(resumed)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from command_line import cli
+from helpers import schedule_of, settings_of
 
 import lightning_ema
 from lightning_ema import (
@@ -63,8 +64,8 @@ def callback_of(made):
 
 def test_a_yaml_file_with_a_schedule_trains(tmp_path):
     callback = callback_of(cli("fit", config(tmp_path, decay=COSINE)))
-    assert callback.settings.decay == Cosine(0.5, 1.0)
-    assert callback.average.schedule == Cosine(0.5, 1.0, total_steps=12)
+    assert settings_of(callback).decay == Cosine(0.5, 1.0)
+    assert schedule_of(callback.average) == Cosine(0.5, 1.0, total_steps=12)
     assert callback.average.num_updates == 12
 
 
@@ -120,7 +121,7 @@ def test_every_argument_can_be_written_in_yaml(tmp_path):
         "name": "slow", "switch_every": "epoch", "snapshots": {"dirpath": "there", "every_n_steps": 7, "keep": 9},
     }  # fmt: skip
     callback = callback_of(cli(config(tmp_path, **arguments), run=False))
-    settings = callback.settings
+    settings = settings_of(callback)
     assert settings.decay == PerUpdate(Then(0.5, at=3, second=Constant(0.99)))
     assert (settings.start_step, settings.include, settings.exclude) == (2, ("net.*",), ("net.4.bias",))
     assert (settings.dtype, settings.device) == (torch.float64, torch.device("cpu"))
@@ -136,7 +137,7 @@ def test_every_argument_can_be_written_in_yaml(tmp_path):
 
 def test_several_decays_and_what_is_done_with_them_in_yaml(tmp_path):
     callback = callback_of(cli(config(tmp_path, decay=[0.9, 0.99], others="evaluate", switch_every=4), run=False))
-    assert callback.settings.decays == (Warmup(0.9), Warmup(0.99))
+    assert settings_of(callback).decays == (Warmup(0.9), Warmup(0.99))
     assert (callback.scoring.others, callback.switch_every) == ("evaluate", 4)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -11,6 +10,7 @@ import torch
 from helpers import Regression, clones, equal, loader, seed_everything, trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
+from sharded import forked
 
 from lightning_ema import Constant, EMACallback
 
@@ -75,6 +75,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    main(sys.argv[1])
+    sys.exit(any(forked(2, main, sys.argv[1])))

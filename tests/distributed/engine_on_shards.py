@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from helpers import engine
 from sharded import ended, fully_shard, network, quiet, same, whole, whole_of, write
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -160,11 +161,11 @@ def an_update_from_weights_that_are_nan_in_one_process_is_skipped_in_all():
             average = WeightAverage(module, Constant(0.5), on_nonfinite=action)
             average.step()
             before = whole_of(average.named_tensors())
-            weight = dict(average.named_live())["net.0.weight"]
+            weight = dict(engine(average).named_live())["net.0.weight"]
             if dist.get_rank() == place:
                 local(weight)[0, 0] = float("nan")
             if action == "skip":
-                assert average.step() is False and average.num_skipped == 1
+                assert average.step() is False and engine(average).num_skipped == 1
             else:
                 with pytest.raises(FloatingPointError, match="step 2: the live weights are not finite"):
                     average.step()
@@ -178,7 +179,7 @@ def distance_is_that_of_the_whole():
     train(module, average, after=follow)
     for one, other in zip(average.averages, mirror.averages, strict=True):
         assert one.distance() == pytest.approx(other.distance(), rel=1e-6) and one.distance() > 0
-    with average.lent():
+    with average.swapped():
         assert average.distance() == pytest.approx(mirror.distance(), rel=1e-6)
 
 
@@ -212,11 +213,11 @@ def forward_passes_before_and_inside_a_loan_see_what_they_should():
     average = WeightAverage(module, Constant(0.9))
     train(module, average)
     live, averaged = Net(), Net()
-    live.load_state_dict(whole_of(average.named_live()))
+    live.load_state_dict(whole_of(engine(average).named_live()))
     averaged.load_state_dict(whole_of(average.named_tensors()))
     for _ in range(2):
         torch.testing.assert_close(outputs(module), outputs(live), rtol=0, atol=1e-6)
-        with average.lent() as lent:
+        with average.swapped() as lent:
             torch.testing.assert_close(outputs(lent), outputs(averaged), rtol=0, atol=1e-6)
         torch.testing.assert_close(outputs(module), outputs(live), rtol=0, atol=1e-6)
         assert (outputs(live) - outputs(averaged)).abs().max() > 0.01
@@ -234,10 +235,10 @@ def training_is_the_same_with_and_without_loans():
 
 def evaluate(average):
     for copied in (False, True):
-        outputs(average.module)
-        with average.lent(copied):
-            outputs(average.module)
-            average.module.state_dict()
+        outputs(engine(average).module)
+        with average.swapped(copied):
+            outputs(engine(average).module)
+            engine(average).module.state_dict()
 
 
 @check(2)
@@ -246,7 +247,7 @@ def a_write_during_the_loan_is_refused_by_name_and_the_live_weights_are_back():
         module = sharded()
         average = WeightAverage(module, Constant(0.9))
         train(module, average)
-        live = whole_of(average.named_live())
+        live = whole_of(engine(average).named_live())
         loan = average.lend()
         outputs(module)
         module.reshard()
@@ -254,8 +255,8 @@ def a_write_during_the_loan_is_refused_by_name_and_the_live_weights_are_back():
             change(module.net[1].weight)
         with pytest.raises(RuntimeError, match=r"net\.1\.weight: written to"):
             loan.recall()
-        same(live, average.named_live())
-        with torch.no_grad(), average.lent(copy=True):
+        same(live, engine(average).named_live())
+        with torch.no_grad(), average.swapped(copy=True):
             module.net[1].weight.mul_(2.0)
 
 
@@ -264,17 +265,19 @@ def a_suspended_loan_shows_the_live_weights_and_goes_on():
     module = sharded()
     average = WeightAverage(module, [Constant(0.9), Constant(0.5)])
     train(module, average)
-    live, first, second = (whole_of(n) for n in (average.named_live(), *(a.named_tensors() for a in average.averages)))
-    with average.lent():
+    live, first, second = (
+        whole_of(n) for n in (engine(average).named_live(), *(a.named_tensors() for a in average.averages))
+    )
+    with average.swapped():
         outputs(module)
         with average.suspended():
             same(live, shown(module))
             outputs(module)
-            with average.averages[1].lent():
+            with average.averages[1].swapped():
                 same(second, shown(module))
                 outputs(module)
         same(first, shown(module))
-        same(live, average.named_live())
+        same(live, engine(average).named_live())
     same(live, shown(module))
     same(second, average.averages[1].named_tensors())
 
@@ -291,17 +294,19 @@ def a_delivered_average_is_taken_back():
     module = sharded()
     average = WeightAverage(module, [Constant(0.9), Constant(0.5)])
     train(module, average)
-    live, first, second = (whole_of(n) for n in (average.named_live(), *(a.named_tensors() for a in average.averages)))
-    average.deliver()
+    live, first, second = (
+        whole_of(n) for n in (engine(average).named_live(), *(a.named_tensors() for a in average.averages))
+    )
+    average.apply(keep=True)
     same(first, module.state_dict())
     outputs(module)
     same(first, average.named_tensors())
-    same(live, average.named_live())
-    with average.averages[1].lent():
+    same(live, engine(average).named_live())
+    with average.averages[1].swapped():
         outputs(module)
         same(second, shown(module))
     same(first, shown(module))
-    average.take_back()
+    average.restore()
     same(live, shown(module))
     train(module, average)
     average.apply()
@@ -315,7 +320,7 @@ def under_mixed_precision_the_average_follows_the_float32_shards():
 
     def then():
         follow()
-        with average.lent():
+        with average.swapped():
             assert outputs(module).dtype == torch.bfloat16
 
     train(module, average, after=then, part=lambda batch: own(batch).bfloat16())
@@ -330,8 +335,8 @@ def bf16_weights_have_a_float32_average():
 
     def then():
         follow()
-        live = whole_of(average.named_live())
-        with average.lent():
+        live = whole_of(engine(average).named_live())
+        with average.swapped():
             module(batches(1)[0].bfloat16())
             rounded = {name: tensor.bfloat16() for name, tensor in whole_of(average.named_tensors()).items()}
             same(rounded, shown(module))
@@ -421,14 +426,14 @@ def a_tied_weight_counts_once():
     average = WeightAverage(module, Constant(0.9))
     names = [name for name, _ in average.named_tensors()]
     assert "first.weight" in names and "second.weight" not in names
-    expected = whole_of(average.named_live())
+    expected = whole_of(engine(average).named_live())
 
     def evaluate():
         with torch.no_grad():
-            for name, live in average.named_live():
+            for name, live in engine(average).named_live():
                 expected[name].lerp_(whole(live), 0.1)
         outputs(module)
-        with average.lent():
+        with average.swapped():
             averaged = Tied()
             averaged.load_state_dict({**whole_of(average.named_tensors()), "second.weight": expected["first.weight"]})
             torch.testing.assert_close(outputs(module), outputs(averaged), rtol=0, atol=1e-6)
@@ -486,8 +491,8 @@ def like_one_process(module, part):
     def evaluate():
         outputs(module)
         for each in average.averages:
-            live = whole_of(average.named_live())
-            with each.lent():
+            live = whole_of(engine(average).named_live())
+            with each.swapped():
                 averaged = Even()
                 averaged.load_state_dict(whole_of(each.named_tensors()))
                 torch.testing.assert_close(outputs(module), outputs(averaged), rtol=0, atol=1e-6)
@@ -498,9 +503,9 @@ def like_one_process(module, part):
     for one, other in zip(average.averages, alone.averages, strict=True):
         same(one.named_tensors(), other.named_tensors(), 1e-6)
         assert one.distance() == pytest.approx(other.distance(), rel=1e-4)
-    average.deliver()
+    average.apply(keep=True)
     same(average.named_tensors(), shown(module))
-    average.take_back()
+    average.restore()
     state = average.state_dict()
     again = WeightAverage(module, settings["decay"])
     again.load_state_dict(state)
@@ -529,8 +534,8 @@ def under_tensor_parallel_a_nan_in_one_process_is_agreed_on():
     average = WeightAverage(parallel(mesh()), Constant(0.5), on_nonfinite="skip")
     average.step()
     if dist.get_rank() == 1:
-        local(dict(average.named_live())["net.3.weight"])[0, 0] = float("inf")
-    assert average.step() is False and average.num_skipped == 1
+        local(dict(engine(average).named_live())["net.3.weight"])[0, 0] = float("inf")
+    assert average.step() is False and engine(average).num_skipped == 1
 
 
 @check(4)
@@ -559,11 +564,11 @@ def a_nan_in_one_of_four_is_agreed_on_by_all():
     sharded(module, over["data"])
     for place in range(4):
         average = WeightAverage(module, Constant(0.5), on_nonfinite="skip")
-        weight = local(dict(average.named_live())["net.3.weight"])
+        weight = local(dict(engine(average).named_live())["net.3.weight"])
         kept = weight.clone()
         if dist.get_rank() == place:
             weight.fill_(float("nan"))
-        assert average.step() is False and average.num_skipped == 1
+        assert average.step() is False and engine(average).num_skipped == 1
         weight.copy_(kept)
         assert average.step() is True
 

@@ -1,6 +1,6 @@
 """Runs of one process that runs of several are compared with."""
 
-from helpers import trainer
+from helpers import engine, trainer
 from lightning.pytorch import seed_everything
 from sharded import SEED, Sharded, averaging, data
 from torch.utils.data import DataLoader, DistributedSampler
@@ -21,4 +21,4 @@ def averages_alone(make=Sharded, settings=None, **kwargs):
     callback = averaging(**(settings or {}))
     alone(make(), [callback], **kwargs)
     averages = [dict(average.named_tensors()) for average in callback.averages]
-    return *averages, dict(callback.average.named_live())
+    return *averages, dict(engine(callback.average).named_live())

@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from helpers import clones, loader, seed_everything, trainer
 from lightning.pytorch.strategies import DDPStrategy
+from sharded import forked
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 from twice import Classes, Twice, double
@@ -88,5 +89,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(sys.argv[1])
+    sys.exit(any(forked(2, main, sys.argv[1])))

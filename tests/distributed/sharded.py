@@ -159,7 +159,7 @@ def forked(processes, function, *arguments):
     for rank in ranks:
         rank.start()
     for rank in ranks:
-        rank.join(90)
+        rank.join(200)
     codes = [rank.exitcode for rank in ranks]
     for rank in ranks:
         rank.kill()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import engine
 from lightning.pytorch import LightningModule
 from sharded import (
     Sharded,
@@ -88,7 +89,7 @@ def runs(root):
         this = fit(make(), callback, **arguments)
         sets = (
             *(whole_of(average.named_tensors()) for average in callback.averages),
-            whole_of(callback.average.named_live()),
+            whole_of(engine(callback.average).named_live()),
         )
         rank_zero(this, sets, root / f"{name}.pt")
 
@@ -191,12 +192,12 @@ def tensor_parallel(root):
         path = root / f"parallel-{folders}"
         this, average = parallel(folders)
         this.save_checkpoint(path)
-        sets = whole_of(average.named_tensors()), whole_of(average.named_live())
+        sets = whole_of(average.named_tensors()), whole_of(engine(average).named_live())
         rank_zero(this, (*sets, float(this.callback_metrics["val_loss"])), root / "parallel.pt")
         _, entire = parallel(folders, 3)
         _, again = parallel(folders, 3, path)
         same(entire.named_tensors(), again.named_tensors())
-        same(entire.named_live(), again.named_live())
+        same(engine(entire).named_live(), engine(again).named_live())
 
 
 # --- BatchNorm, 16 bits, snapshots ----------------------------------------------------------------------------------
@@ -216,7 +217,7 @@ def recalibrated_statistics_leave_the_training_alone(root):
     plain, module, callback = Normed(), Normed(), averaging(buffers="recalibrate", recalibrate_batches=4)
     fit(plain)
     this = fit(module, callback)
-    same(dict(plain.named_parameters()), callback.average.named_live())
+    same(dict(plain.named_parameters()), engine(callback.average).named_live())
     assert not torch.equal(module.net[1].running_mean, plain.net[1].running_mean)
     assert module.net[1].num_batches_tracked == 4 and plain.net[1].num_batches_tracked == 12
     this.save_checkpoint(root / "normed.ckpt")
@@ -265,7 +266,7 @@ def bf16_weights_keep_a_float32_average_through_both_formats(root):
         fit(Sharded(), *again, folders=folders, precision="bf16-true", epochs=3, ckpt_path=path)
         for one, other in zip(entire, again, strict=True):
             same(one.average.named_tensors(), other.average.named_tensors())
-            same(one.average.named_live(), other.average.named_live())
+            same(engine(one.average).named_live(), engine(other.average).named_live())
 
 
 @check
@@ -302,7 +303,7 @@ def a_user_who_wraps_the_save_hook(root):
         again = averaging(decay=[Constant(0.9), Constant(0.5)])
         fit(Sharded(), again, Look(again, loaded), folders=folders, epochs=3, ckpt_path=root / f"wrapped-{folders}")
         same(loaded[0], callback.average.named_tensors())
-        same(loaded[1], callback.average.named_live())
+        same(loaded[1], engine(callback.average).named_live())
 
 
 # --- teacher --------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def resume(root, processes):
         kwargs = {"processes": processes, "folders": name == "folder", "epochs": 3, "ckpt_path": path}
         this = fit(Sharded(), callback, look, **kwargs)
         assert this.world_size == processes
-        end = whole_of(callback.average.named_tensors()), whole_of(callback.average.named_live())
+        end = whole_of(callback.average.named_tensors()), whole_of(engine(callback.average).named_live())
         rank_zero(this, (*loaded[:2], *end), path.with_name(f"resumed-{processes}.pt"))
     if processes == 4:
         write(root, f"2d-{os.environ['RANK']}", ended({"2d": two_dimensional}, root))
@@ -58,11 +58,11 @@ def two_dimensional(root):
         path = root / f"2d-{folders}.ckpt"
         this, average = run(folders)
         this.save_checkpoint(path)
-        rank_zero(this, (whole_of(average.named_tensors()), whole_of(average.named_live())), root / "2d.pt")
+        rank_zero(this, (whole_of(average.named_tensors()), whole_of(engine(average).named_live())), root / "2d.pt")
         _, entire = run(folders, 3)
         _, again = run(folders, 3, path)
         same(entire.named_tensors(), again.named_tensors())
-        same(entire.named_live(), again.named_live())
+        same(engine(entire).named_live(), engine(again).named_live())
 
 
 if __name__ == "__main__":

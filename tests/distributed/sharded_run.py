@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import engine
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from sharded import Sharded, averaging, data, ended, fit, quiet, same, trainer_of, whole_of, write
+from sharded import Sharded, averaging, data, ended, fit, forked, same, trainer_of, whole_of, write
 
 from lightning_ema import Constant
 
@@ -52,7 +53,7 @@ class Look(Callback):
 
     def on_train_start(self, trainer, pl_module):
         average = self.callback.average
-        for named in (average.named_tensors(), average.named_live(), pl_module.named_parameters()):
+        for named in (average.named_tensors(), engine(average).named_live(), pl_module.named_parameters()):
             self.seen.append(whole_of(named))
 
 
@@ -82,7 +83,7 @@ def a_run_is_that_of_one_process_and_resumes(folder, folders):
     this = fit(Sharded(), callback, by_hand, folders=folders)
     assert callback.average.num_steps == callback.average.num_updates == 12
     same(callback.average.named_tensors(), by_hand.averages[0], 3e-7)
-    same(callback.average.named_live(), by_hand.live)
+    same(engine(callback.average).named_live(), by_hand.live)
     assert float(this.callback_metrics["val_loss"]) == pytest.approx(score(by_hand.averages[0]), abs=1e-6)
     this.save_checkpoint(folder / "x.ckpt")
     assert (folder / "x.ckpt").is_dir() == folders
@@ -93,9 +94,9 @@ def a_run_is_that_of_one_process_and_resumes(folder, folders):
     fit(Sharded(), entire, folders=folders, epochs=3)
     fit(Sharded(), again, folders=folders, epochs=3, ckpt_path=folder / "x.ckpt")
     same(entire.average.named_tensors(), again.average.named_tensors())
-    same(entire.average.named_live(), again.average.named_live())
+    same(engine(entire.average).named_live(), engine(again.average).named_live())
     assert entire.average.num_steps == again.average.num_steps == 18
-    ends = whole_of(entire.average.named_tensors()), whole_of(entire.average.named_live())
+    ends = whole_of(entire.average.named_tensors()), whole_of(engine(entire.average).named_live())
     rank_zero(this, ends, folder / "e.pt")
 
 
@@ -118,7 +119,7 @@ def several_averages_and_the_live_weights_are_scored_each(folder, folders):
     rank_zero(this, (*averages, by_hand.live), folder / "several.pt")
     alone = Sharded()
     fit(alone, folders=folders)
-    same(dict(alone.named_parameters()), callback.average.named_live())
+    same(dict(alone.named_parameters()), engine(callback.average).named_live())
     again = averaging(decay=[Constant(0.9), Constant(0.5)])
     fit(Sharded(), again, folders=folders, epochs=3, ckpt_path=folder / "several.ckpt")
     entire = averaging(decay=[Constant(0.9), Constant(0.5)])
@@ -163,7 +164,7 @@ def evaluations_after_fit(folder, folders):
         inputs = torch.cat([batch[0] for batch in data(1)[1]])[this.global_rank :: 2]
         torch.testing.assert_close(predicted, plain(average)(inputs), rtol=0, atol=1e-6)
     this.save_checkpoint(folder / "after.ckpt")
-    live = whole_of(callback.average.named_live())
+    live = whole_of(engine(callback.average).named_live())
     begun = []
     kept = Look(callback, begun)
     this.callbacks.append(kept)
@@ -185,7 +186,7 @@ def evaluations_after_fit(folder, folders):
 def after_fit_live(folder, folders):
     callback, module = averaging(after_fit="live"), Sharded()
     fit(module, callback, folders=folders)
-    same(dict(module.named_parameters()), callback.average.named_live())
+    same(dict(module.named_parameters()), engine(callback.average).named_live())
     assert callback.average.distance() > 0.01
 
 
@@ -198,7 +199,7 @@ def a_followed_average_is_stored_and_resumes(folder, folders):
     fit(Sharded(), entire, folders=folders, epochs=3)
     fit(Sharded(), again, folders=folders, epochs=3, ckpt_path=folder / "live.ckpt")
     same(entire.average.named_tensors(), again.average.named_tensors())
-    same(entire.average.named_live(), again.average.named_live())
+    same(engine(entire.average).named_live(), engine(again.average).named_live())
 
 
 @check
@@ -214,7 +215,7 @@ def two_callbacks_beside_one_another(folder, folders):
     fit(Sharded(), *again, folders=folders, epochs=3, ckpt_path=folder / "two.ckpt")
     for one, other in zip(entire, again, strict=True):
         same(one.average.named_tensors(), other.average.named_tensors())
-        same(one.average.named_live(), other.average.named_live())
+        same(engine(one.average).named_live(), engine(other.average).named_live())
 
 
 @check
@@ -226,14 +227,14 @@ def mixed_precision(folder, folders):
     rank_zero(this, (by_hand.averages[0], by_hand.live), folder / "mixed.pt")
 
 
-if __name__ == "__main__":
-    quiet()
-    root = Path(sys.argv[1])
-    wanted = {name: function for name, function in CHECKS.items() if not sys.argv[2:] or name in sys.argv[2:]}
+def main(root, wanted):
+    checks = {name: function for name, function in CHECKS.items() if not wanted or name in wanted}
     seen = {}
     for name in ("file", "folder"):
         (root / name).mkdir(exist_ok=True)
-        seen |= {f"{key}[{name}]": text for key, text in ended(wanted, root / name, name == "folder").items()}
+        seen |= {f"{key}[{name}]": text for key, text in ended(checks, root / name, name == "folder").items()}
     write(root, torch.distributed.get_rank(), seen)
-    torch.distributed.barrier()  # the first process ends the others when it ends
-    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    forked(2, main, Path(sys.argv[1]), sys.argv[2:])

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from forked import fork, run_checks
-from helpers import clones, equal
+from helpers import clones, engine, equal
 from torch import nn
 
 from lightning_ema import Bema, Constant, Snapshots, WeightAverage
@@ -137,7 +137,7 @@ def check_dtypes(rank, processes, folder):
     for half in (torch.bfloat16, torch.float16):
         module, _, shared = followed(lambda half=half: Layers().to(half), processes)
         assert all(tensor.dtype == torch.float32 for _, tensor in shared.named_tensors())
-        with shared.lent():
+        with shared.swapped():
             assert module.first.weight.dtype == half
             assert torch.equal(module.first.weight, dict(shared.named_tensors())["first.weight"].to(half))
 
@@ -154,7 +154,7 @@ def check_settings(rank, processes, folder):
 def check_late_start(rank, processes, folder):
     module = seeded(Layers)
     whole, shared = both(module, start_step=2, every_n_steps=2)
-    assert equal(shared.named_tensors(), whole.named_live()) and shared.distance() == 0
+    assert equal(shared.named_tensors(), engine(whole).named_live()) and shared.distance() == 0
     train(module, 5, whole, shared)
     assert shared.num_updates == 1
     assert_alike(whole, shared)
@@ -237,13 +237,13 @@ def check_loan(rank, processes, folder):
     for make in (Layers, Flat, Gaps, tied, lambda: Layers().bfloat16()):
         module, whole, shared = followed(make, processes)
         live, expected = clones(module.state_dict()), clones(whole.named_tensors())
-        with shared.lent():
+        with shared.swapped():
             carried = dict(module.named_parameters())
             assert all(torch.equal(carried[n], expected[n].to(carried[n].dtype)) for n in carried)
             with shared.suspended():
                 assert equal(module.state_dict(), live)
             assert all(torch.equal(carried[n], expected[n].to(carried[n].dtype)) for n in carried)
-            assert equal(shared.named_live(), {n: live[n] for n in dict(shared.named_live())})
+            assert equal(engine(shared).named_live(), {n: live[n] for n in dict(engine(shared).named_live())})
             with pytest.raises(RuntimeError, match="during a loan"):
                 shared.step()
         assert equal(module.state_dict(), live) and equal(shared.named_tensors(), expected)
@@ -268,7 +268,7 @@ def check_writes_during_the_loan(rank, processes, folder):
     for make in (Layers, Flat):
         module, _, shared = followed(make, processes)
         live, expected = clones(module.state_dict()), clones(shared.named_tensors())
-        with shared.lent(), torch.no_grad():
+        with shared.swapped(), torch.no_grad():
             for parameter in module.parameters():
                 parameter.add_(1)
         assert equal(module.state_dict(), live) and equal(shared.named_tensors(), expected)
@@ -279,20 +279,20 @@ def check_deliver_and_take_back(rank, processes, folder):
         module, whole, shared = followed(make, processes, [Constant(0.9), Constant(0.5)])
         live, expected = clones(module.state_dict()), clones(whole.named_tensors())
         storages = [parameter.data_ptr() for parameter in module.parameters()]
-        shared.deliver()
+        shared.apply(keep=True)
         carried = dict(module.named_parameters())
         assert all(torch.equal(carried[n], expected[n].to(carried[n].dtype)) for n in carried)
         assert storages == [parameter.data_ptr() for parameter in module.parameters()]
-        assert equal(shared.named_live(), {n: live[n] for n in dict(shared.named_live())})
-        with shared.averages[1].lent():
+        assert equal(engine(shared).named_live(), {n: live[n] for n in dict(engine(shared).named_live())})
+        with shared.averages[1].swapped():
             other = dict(whole.averages[1].named_tensors())
             assert all(torch.equal(carried[n], other[n].to(carried[n].dtype)) for n in carried)
         assert all(torch.equal(carried[n], expected[n].to(carried[n].dtype)) for n in carried)
         if rank == 0:
-            shared.take_back()  # alone
+            shared.restore()  # alone
             assert equal(module.state_dict(), live)
         dist.barrier()
-        shared.take_back()
+        shared.restore()
         train(module, 2, whole, shared, seed=3)
         assert_alike(whole, shared)
 
@@ -301,7 +301,7 @@ def check_apply(rank, processes, folder):
     _, whole, shared = followed(Layers, processes)
     expected = clones(whole.named_tensors())
     shared.apply()
-    assert equal(shared.named_live(), expected) and equal(shared.named_tensors(), expected)
+    assert equal(engine(shared).named_live(), expected) and equal(shared.named_tensors(), expected)
 
 
 def check_alone(rank, processes, folder):
@@ -324,7 +324,7 @@ def check_alone(rank, processes, folder):
         shared.alone = False
     else:
         shared.step()
-    with shared.lent():
+    with shared.swapped():
         assert not equal(module.state_dict(), live)
 
 
@@ -337,7 +337,7 @@ def check_reconciled_statistics(rank, processes, folder):
         train(module, 2, average)
         live, stored = clones(module.state_dict()), clones(average.named_tensors())
         for how, expected in (("first", by_rank[0]), ("mean", sum(by_rank) / processes), (None, by_rank[rank])):
-            average.reconcile = how
+            engine(average).sync_buffers = how
             for carry in (WeightAverage.lent, delivered):
                 with carry(average):
                     assert torch.allclose(module.norm.running_mean, torch.full((7,), expected), atol=1e-6)
@@ -348,9 +348,9 @@ def check_reconciled_statistics(rank, processes, folder):
 
 @contextmanager
 def delivered(average):
-    average.deliver()
+    average.apply(keep=True)
     yield
-    average.take_back()
+    average.restore()
 
 
 def check_distance(rank, processes, folder):
@@ -359,7 +359,7 @@ def check_distance(rank, processes, folder):
         for one, other in zip(whole.averages, shared.averages, strict=True):
             expected = one.distance()
             assert expected > 0.01 and abs(other.distance() - expected) <= 1e-6 * expected
-            with shared.lent():
+            with shared.swapped():
                 assert abs(other.distance() - expected) <= 1e-6 * expected
 
 

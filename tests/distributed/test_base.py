@@ -65,7 +65,7 @@ def test_the_engine_asks_what_was_registered_and_nothing_else(padded):
     held = dict(average.named_tensors())
     assert held["flat"].tolist() == [1.0, 2.0, 5.0]  # a quarter of the way; the padding is the live one's
     assert held["plain"].tolist() == [1.0]
-    with average.lent():
+    with average.swapped():
         assert net.flat.tolist() == [1.0, 2.0, 5.0]
     assert net.flat.tolist() == [4.0, 8.0, 5.0]
 

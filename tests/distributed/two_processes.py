@@ -1,30 +1,86 @@
 """Running a script in several processes on a CPU, with gloo."""
 
+import functools
 import json
+import multiprocessing
 import os
+import runpy
+import signal
 import subprocess
 import sys
+import tempfile
+import warnings
+from multiprocessing import forkserver
 from pathlib import Path
+from types import SimpleNamespace
+
+HERE = Path(__file__).parent
+LIMIT = 300  # seconds
+# torch imports some of its parts only where they are used
+IMPORTED = ["helpers", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.distributed.checkpoint"]
+
+
+@functools.cache
+def forks():
+    """Processes of this context are forks of one that has imported all and calculated nothing: it has no threads."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    before = dict(os.environ)
+    try:
+        _become(environment())  # its forks inherit it
+        forkserver.ensure_running()
+    finally:
+        _become(before)
+    return context
+
+
+def environment():
+    # a launcher that the tests themselves may run under is none of the script's
+    launchers = ("LOCAL_RANK", "RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_")
+    names = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
+    return {**names, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+
+
+def _become(environment):
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 def run(script, *arguments):
-    """Runs a script of this folder, or at another path, which starts its further processes; gives how it ended."""
-    return python(str(Path(__file__).parent / script), *map(str, arguments))
+    """Runs a script of this folder, or at another path, in a process that need not import torch; gives how it ended."""
+    with tempfile.TemporaryDirectory() as said:
+        files = [Path(said) / name for name in ("stdout", "stderr")]
+        process = forks().Process(target=_as_script, args=(HERE / script, [*map(str, arguments)], *files))
+        process.start()
+        process.join(LIMIT)
+        code = process.exitcode
+        if code is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+        stdout, stderr = (file.read_text() if file.exists() else "" for file in files)
+    assert code is not None, f"{script} did not end in {LIMIT} seconds\n{stdout}{stderr}"
+    return SimpleNamespace(returncode=code, stdout=stdout, stderr=stderr)
+
+
+def _as_script(path, arguments, *files):
+    os.setsid()  # it can be killed with all processes that it has started
+    for descriptor, file in enumerate(files, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    warnings.simplefilter("ignore")
+    sys.argv = [str(path), *arguments]
+    sys.path.insert(0, str(path.parent))
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def python(*arguments, cwd=None):
-    """Runs Python in a process of its own; gives how it ended."""
-    # a launcher that the tests themselves may run under is none of the script's
-    launchers = ("LOCAL_RANK", "RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    """Runs Python in a process of its own, which imports everything anew; gives how it ended."""
     return subprocess.run(
-        [sys.executable, "-W", "ignore", *arguments],
-        env={**environment, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-W", "ignore", *map(str, arguments)],
+        env=environment(),
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=LIMIT,
         check=False,
     )
 

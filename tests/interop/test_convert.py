@@ -11,10 +11,12 @@ from helpers import (
     Regression,
     clones,
     ema,
+    engine,
     equal,
     fit,
     loader,
     needs_weight_averaging,
+    schedule_of,
     seeded,
     trainer,
 )
@@ -203,7 +205,7 @@ class Watch(Callback):
         self.live = clones(pl_module.state_dict())
         self.averaged = clones(average.named_tensors())
         self.counters = average.num_steps, average.num_updates
-        with average.lent():
+        with average.swapped():
             self.lent = clones(pl_module.state_dict())
 
 
@@ -233,7 +235,7 @@ def test_the_first_update_after_an_import_is_that_of_an_uninterrupted_run(tmp_pa
     callback = EMACallback(0.9)
     fit(seeded(), callback, ckpt_path=tmp_path / "x.ckpt", max_steps=1)
     decay = (1 + 21) / (10 + 21)  # the 21st step of the warm-up, not its first
-    live = dict(callback.average.named_live())
+    live = dict(engine(callback.average).named_live())
     for name, tensor in callback.average.named_tensors():
         torch.testing.assert_close(tensor, decay * AVERAGE[name] + (1 - decay) * live[name])
 
@@ -297,7 +299,7 @@ def test_the_steps_that_are_brought_along_are_part_of_the_run(tmp_path):
             warnings.simplefilter("always")
             trainer(callback).fit(seeded(), loader(), ckpt_path=tmp_path / "x.ckpt")
         assert not [str(one.message) for one in said if "EMACallback" in str(one.message)]
-        assert callback.average.schedule == bound and callback.average.num_steps == 5012
+        assert schedule_of(callback.average) == bound and callback.average.num_steps == 5012
 
 
 def test_a_decay_that_the_file_does_not_say_is_no_other_setting(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Regression, clones, ema, equal, loader, trainer
+from helpers import Regression, clones, ema, engine, equal, loader, trainer
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -175,7 +175,7 @@ class AnyOrder(RuleBasedStateMachine):
         assert close(clones(self.module.state_dict()), self.holds)
         if self.average is not None:
             average = self.callback.average
-            assert average.loan is None
+            assert not engine(average).weights.held
             assert average.num_steps == average.num_updates == self.steps
             assert close(dict(average.named_tensors()), {n: self.average[n] for n, _ in average.named_tensors()})
 

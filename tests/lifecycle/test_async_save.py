@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from helpers import clones, ema, equal, fit, seeded
+from helpers import clones, ema, engine, equal, fit, seeded
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -38,7 +38,7 @@ class Recorder(Callback):
     def on_train_batch_end(self, trainer, pl_module, *_):
         if trainer.global_step == SAVED:
             self.average = clones(self.average_of.average.named_tensors())
-            self.live = clones(self.average_of.average.named_live())
+            self.live = clones(engine(self.average_of.average).named_live())
         if trainer.global_step == OPENED:
             assert not equal(self.average, self.average_of.average.named_tensors())
             self.late.open.set()

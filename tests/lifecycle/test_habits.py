@@ -11,20 +11,22 @@ from helpers import (
     TwoOptimizers,
     clones,
     ema,
+    engine,
     equal,
     fit,
     loader,
+    schedule_of,
     seed_everything,
     seeded,
     trainer,
 )
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning_ema.averaging.storage_swap import StorageLoan
 from torch import nn
 
 from lightning_ema import Constant, Cosine, EMACallback, WeightAverage
 from lightning_ema.averaging import swap as loans
-from lightning_ema.averaging.storage_swap import StorageLoan
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -82,7 +84,7 @@ class Renames(Regression):
 def test_modules_that_shape_their_own_files(kind, after_fit, tmp_path):
     callback, module = ema(after_fit=after_fit), seeded(kind)
     this = fit(module, callback)
-    average, live = clones(callback.average.named_tensors()), clones(callback.average.named_live())
+    average, live = clones(callback.average.named_tensors()), clones(engine(callback.average).named_live())
     for weights_only in (True, False):
         this.save_checkpoint(tmp_path / "x.ckpt", weights_only)
         state = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
@@ -176,7 +178,7 @@ def test_an_optimizer_that_copies_weights_at_its_construction_sees_live_ones(tmp
     assert equal(*finals)
     callback = ema()
     fit(seeded(UsesMaster), callback).save_checkpoint(tmp_path / "x.ckpt")
-    live = clones(callback.average.named_live())
+    live = clones(engine(callback.average).named_live())
     module = seeded(UsesMaster)
     fit(module, ema(), max_epochs=3, ckpt_path=tmp_path / "x.ckpt")
     assert equal({name: module.seen[name] for name in live}, live)
@@ -210,7 +212,7 @@ def test_a_module_that_brings_the_callback_itself(tmp_path):
 def test_a_follower_that_comes_later_starts_from_the_live_weights():
     callback, module = ema(), seeded()
     fit(module, callback)
-    live = clones(callback.average.named_live())
+    live = clones(engine(callback.average).named_live())
     follower = EMACallback(Constant(1.0), name="later", evaluate="live")
     fit(module, follower, callback)
     assert equal(follower.average.named_tensors(), live)
@@ -234,7 +236,7 @@ def test_a_checkpoint_restored_by_a_tuner_in_the_middle_of_a_fit(tmp_path):
     assert equal(restores.live, restores.live_then)
     assert equal(restores.average, restores.average_then)
     assert callback.average.num_steps == this.global_step
-    assert callback.average.schedule.total_steps == 3 * BATCHES
+    assert schedule_of(callback.average).total_steps == 3 * BATCHES
 
 
 def test_a_start_set_by_an_epoch_survives_a_resume_before_it(tmp_path):
@@ -248,7 +250,7 @@ def test_a_start_set_by_an_epoch_survives_a_resume_before_it(tmp_path):
     run(whole, Saves("on_train_batch_end", tmp_path / "x.ckpt", 8))
     again = ema(start_epoch=1, start_step=9)
     run(again, ckpt_path=tmp_path / "x.ckpt")
-    assert again.average.start_step == whole.average.start_step == 9
+    assert engine(again.average).start_step == engine(whole.average).start_step == 9
     assert equal(again.average.named_tensors(), whole.average.named_tensors())
 
 
@@ -256,16 +258,16 @@ def test_a_second_trainer_extends_the_run(tmp_path):
     callback, module = EMACallback(Cosine(0.5, 1.0)), seeded()
     fit(module, callback)
     fit(module, callback).save_checkpoint(tmp_path / "x.ckpt")
-    assert callback.average.schedule.total_steps == 4 * BATCHES
+    assert schedule_of(callback.average).total_steps == 4 * BATCHES
     resumed = EMACallback(Cosine(0.5, 1.0))
     fit(seeded(), resumed, max_epochs=3, ckpt_path=tmp_path / "x.ckpt")
-    assert resumed.average.schedule.total_steps == 5 * BATCHES == resumed.average.num_steps
+    assert schedule_of(resumed.average).total_steps == 5 * BATCHES == resumed.average.num_steps
 
 
 def test_max_steps_of_two_optimizers_that_step_in_turn():
     callback = EMACallback(Cosine(0.5, 1.0))
     fit(seeded(TwoOptimizers), callback, max_steps=12, max_epochs=-1)
-    assert callback.average.num_steps == callback.average.schedule.total_steps == 6
+    assert callback.average.num_steps == schedule_of(callback.average).total_steps == 6
 
 
 @pytest.mark.parametrize("interrupted", range(1, 5))
@@ -281,8 +283,8 @@ def test_ctrl_c_within_the_recall_itself(interrupted, monkeypatch):
     callback, module = ema(), seeded()
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         fit(module, callback)
-    live = clones(callback.average.named_live())
-    assert callback.average.loan is None
+    live = clones(engine(callback.average).named_live())
+    assert not engine(callback.average).weights.held
     assert equal({name: module.state_dict()[name] for name in live}, live)
     assert not equal(live, callback.average.named_tensors())
 
@@ -303,8 +305,8 @@ def test_ctrl_c_while_storages_are_exchanged(call, after, monkeypatch):
     callback, module = ema(), seeded()
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         fit(module, callback, num_sanity_val_steps=0)
-    live = clones(callback.average.named_live())
-    assert callback.average.loan is None
+    live = clones(engine(callback.average).named_live())
+    assert not engine(callback.average).weights.held
     assert equal({name: module.state_dict()[name] for name in live}, live)
     assert not equal(live, callback.average.named_tensors())
 
@@ -318,8 +320,8 @@ def test_a_loan_of_the_users_own_ends_with_an_exception_too():
     callback, module = ema(), seeded()
     with pytest.raises(ZeroDivisionError):
         fit(module, Lends(), callback)
-    live = clones(callback.average.named_live())
-    assert callback.average.loan is None
+    live = clones(engine(callback.average).named_live())
+    assert not engine(callback.average).weights.held
     assert equal({name: module.state_dict()[name] for name in live}, live)
 
 
@@ -336,7 +338,7 @@ class Embeds(Regression):
 def test_an_embedding_that_writes_to_itself():
     callback, module, start = ema(), seeded(Embeds), Start()
     fit(module, callback)
-    live = clones(callback.average.named_live())
+    live = clones(engine(callback.average).named_live())
     module.eval()
     module.loss(next(iter(loader())))  # renormalizes in place
     fit(module, callback, start)
@@ -351,7 +353,7 @@ def test_an_embedding_that_writes_to_itself():
 def test_a_copied_pair_of_module_and_callback_goes_on(duplicate, after_fit):
     callback, module = ema(after_fit=after_fit), seeded()
     fit(module, callback)
-    live = clones(callback.average.named_live())
+    live = clones(engine(callback.average).named_live())
     module.trainer = None
     twin, twins_callback = duplicate((module, callback))
     start = Start()
@@ -373,7 +375,7 @@ def test_parameters_that_overlap_are_saved_with_their_live_values(tmp_path):
 
     callback, module = ema(), seeded(Overlaps)
     this = fit(module, callback)
-    live = clones(callback.average.named_live())
+    live = clones(engine(callback.average).named_live())
     this.save_checkpoint(tmp_path / "x.ckpt")
     start = Start()
     fit(seeded(Overlaps), ema(), start, max_epochs=3, ckpt_path=tmp_path / "x.ckpt")
@@ -434,7 +436,7 @@ def test_a_float32_file_goes_into_a_bfloat16_run_without_loss(tmp_path):
 def test_a_file_that_does_not_load_leaves_everything_as_it_was(after_fit, tmp_path):
     callback, module = ema(after_fit=after_fit), seeded()
     this = fit(module, callback)
-    before, live = clones(module.state_dict()), clones(callback.average.named_live())
+    before, live = clones(module.state_dict()), clones(engine(callback.average).named_live())
     torch.save(
         {"state_dict": {"wrong": torch.zeros(1)}, "pytorch-lightning_version": "2.4.0", "loops": {}},
         tmp_path / "x.ckpt",
@@ -442,7 +444,7 @@ def test_a_file_that_does_not_load_leaves_everything_as_it_was(after_fit, tmp_pa
     with pytest.raises(RuntimeError, match="wrong"):
         this.test(module, loader(1), ckpt_path=tmp_path / "x.ckpt", verbose=False)
     assert equal(module.state_dict(), before)
-    assert equal(callback.average.named_live(), live)
+    assert equal(engine(callback.average).named_live(), live)
 
 
 def test_an_exception_in_the_training_of_a_diverged_run_is_the_one_that_is_seen():

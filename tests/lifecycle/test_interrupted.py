@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from helpers import BATCHES, Regression, clones, ema, equal, loader, seed_everything, seeded, trainer
+from helpers import BATCHES, Regression, clones, ema, engine, equal, loader, seed_everything, seeded, trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
@@ -81,8 +81,8 @@ def test_live_weights_are_back_and_the_exceptions_file_is_right(hook, act, first
     ours = [raiser, callback] if first else [callback, raiser]
     attempt(module, *ours, OnExceptionCheckpoint(tmp_path), enable_checkpointing=True, default_root_dir=tmp_path)
     average = callback.average
-    assert average.loan is None
-    live = clones(average.named_live())
+    assert not engine(average).weights.held
+    live = clones(engine(average).named_live())
     assert equal({name: module.state_dict()[name] for name in live}, live)
     file = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)
     stored = {name: file["state_dict"][name] for name in live}
@@ -106,7 +106,7 @@ def test_in_other_entry_points(entry_point, stage, act):
     with pytest.raises((ZeroDivisionError, KeyboardInterrupt, SystemExit)):
         getattr(this, entry_point)(module, loader(1))
     assert equal(module.state_dict(), live)
-    assert not equal(callback.average.named_tensors(), callback.average.named_live())
+    assert not equal(callback.average.named_tensors(), engine(callback.average).named_live())
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_sigterm(hook, tmp_path):
     )
     with pytest.raises((SIGTERMException, SystemExit)):
         this.fit(module, loader(), loader(2))
-    live = clones(callback.average.named_live())
+    live = clones(engine(callback.average).named_live())
     assert equal({name: module.state_dict()[name] for name in live}, live)
     file = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)
     assert equal({name: file["state_dict"][name] for name in live}, clones(callback.average.named_tensors()))
@@ -250,7 +250,7 @@ def test_a_killed_run_goes_on_from_the_second_model_checkpoint_and_not_from_the_
     if every is None:  # else the loader begins anew inside the epoch, as Lightning warns
         whole = settled(tmp_path / "whole", every)
         assert again.num_steps == whole.num_steps == 4 * BATCHES
-        assert equal(again.named_live(), whole.named_live())
+        assert equal(engine(again).named_live(), engine(whole).named_live())
         assert equal(again.named_tensors(), whole.named_tensors())
 
 

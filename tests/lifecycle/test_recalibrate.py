@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import BATCHES, Regression, clones, ema, equal, fit, loader, seed_everything, seeded, trainer
+from helpers import BATCHES, Regression, clones, ema, engine, equal, fit, loader, seed_everything, seeded, trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, RandomSampler
@@ -88,7 +88,7 @@ def test_evaluating_after_fit_scores_the_same(after_fit):
 @pytest.mark.parametrize("saved", ["epoch=1", "after fit"])
 def test_resuming_is_exact(saved, after_fit, tmp_path):
     def end(callback, module):
-        return clones(callback.average.named_live()), clones(callback.average.named_tensors()), callback
+        return clones(engine(callback.average).named_live()), clones(callback.average.named_tensors()), callback
 
     class Final(Callback):
         def on_train_end(self, trainer, pl_module):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import BATCHES, Regression, clones, ema, equal, fit, loader, seeded, trainer
+from helpers import BATCHES, Regression, clones, ema, engine, equal, fit, loader, schedule_of, seeded, trainer
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, DistributedSampler
@@ -40,7 +40,7 @@ def run(module, callback, **kwargs):
     fit(seeded(**module), callback, optimizers, max_epochs=4, **kwargs)
     average = callback.average
     counters = {k: v for k, v in average.state_dict().items() if isinstance(v, (int, bool))}
-    return clones(average.named_live()), clones(average.named_tensors()), counters, optimizers.states
+    return clones(engine(average).named_live()), clones(average.named_tensors()), counters, optimizers.states
 
 
 @pytest.mark.filterwarnings("ignore:every_n_steps")
@@ -53,7 +53,7 @@ def test_from_the_end_of_an_epoch(situation, tmp_path):
     fit(seeded(**module), whole, optimizers, saving, max_epochs=4, enable_checkpointing=True, **settings)
     again = EMACallback(**{"decay": 0.9, **callback})
     live, average, counters, states = run(module, again, ckpt_path=tmp_path / "epoch=1.ckpt", **settings)
-    assert equal(live, whole.average.named_live())
+    assert equal(live, engine(whole.average).named_live())
     assert equal(average, whole.average.named_tensors())
     assert counters == {k: v for k, v in whole.average.state_dict().items() if isinstance(v, (int, bool))}
     assert all(equal(a, b) for a, b in zip(states, optimizers.states, strict=True))
@@ -93,7 +93,7 @@ def test_epochs_of_another_length_from_here_on(batches, epochs_end, taught, tmp_
         this = trainer(*callbacks, max_epochs=4, enable_checkpointing=True, **kwargs)
         this.fit(module, val_dataloaders=loader(2), ckpt_path=ckpt_path)
         average = module.teacher_callback.average if taught else callback.average
-        return this.global_step, average.schedule.total_steps
+        return this.global_step, schedule_of(average).total_steps
 
     assert go_on(BATCHES) == (24, 24)
     taken, known = go_on(batches, tmp_path / str(BATCHES) / "epoch=0.ckpt")
@@ -127,7 +127,7 @@ def test_random_numbers_are_the_loaders_and_the_modules_own(order, tmp_path):
         saving = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}", enable_version_counter=False)
         seed_everything(5, verbose=False)
         trainer(callback, saving, max_epochs=3, enable_checkpointing=True).fit(module, batches, **kwargs)
-        return clones(callback.average.named_live())
+        return clones(engine(callback.average).named_live())
 
     whole = ends()
     assert equal(ends(ckpt_path=tmp_path / "epoch=1.ckpt"), whole) is repeats
@@ -138,7 +138,7 @@ def test_fit_twice_goes_on_from_the_live_weights():
     fit(seeded(), whole, max_epochs=4)
     halves, module = ema(), seeded()
     this = fit(module, halves, max_epochs=2)
-    assert not equal(halves.average.named_live(), halves.average.named_tensors())
+    assert not equal(engine(halves.average).named_live(), halves.average.named_tensors())
     this.fit_loop.max_epochs = 4
     this.fit(module, loader(), loader(2))
     # the optimizer is made anew by a second fit, so only the counters and the start can be compared
@@ -149,7 +149,7 @@ def test_fit_twice_goes_on_from_the_live_weights():
 def test_a_second_fit_begins_with_the_live_weights(after_fit):
     callback, module = ema(after_fit=after_fit), seeded()
     fit(module, callback)
-    live = clones(callback.average.named_live())
+    live = clones(engine(callback.average).named_live())
     seen = {}
 
     class First(Callback):
@@ -185,7 +185,7 @@ def test_another_module_starts_anew():
     fit(seeded(), callback)
     other = seeded(norm=False)
     fit(other, callback)
-    assert callback.average.module is other
+    assert engine(callback.average).module is other
     assert callback.average.num_updates == 2 * BATCHES
 
 

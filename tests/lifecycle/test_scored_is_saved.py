@@ -4,7 +4,7 @@ from datetime import timedelta
 
 import pytest
 import torch
-from helpers import BATCHES, Regression, clones, ema, equal, fit, loader, seeded, trainer
+from helpers import BATCHES, Regression, clones, ema, engine, equal, fit, loader, seeded, trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
 
@@ -216,7 +216,7 @@ class SavesIn(Callback):
             return
         trainer.save_checkpoint(self.path, self.weights_only)
         (average,) = [c.average for c in trainer.callbacks if isinstance(c, EMACallback)]
-        self.live, self.expected = clones(average.named_live()), clones(average.named_tensors())
+        self.live, self.expected = clones(engine(average).named_live()), clones(average.named_tensors())
         self.updates = average.num_updates
         assert average.num_steps == trainer.global_step, "a step was not absorbed before the save"
 
@@ -247,7 +247,7 @@ def test_a_save_after_fit_holds_the_average(after_fit, weights_only, tmp_path):
     average = clones(callback.average.named_tensors())
     assert equal({name: file["state_dict"][name] for name in average}, average)
     if not weights_only:
-        assert equal(file["callbacks"][callback.state_key]["live"], callback.average.named_live())
+        assert equal(file["callbacks"][callback.state_key]["live"], engine(callback.average).named_live())
 
 
 def test_an_exception_leaves_live_weights_and_a_file_of_the_average(tmp_path):
@@ -260,7 +260,7 @@ def test_an_exception_leaves_live_weights_and_a_file_of_the_average(tmp_path):
     callback, module = ema(), seeded(Fails)
     with pytest.raises(ZeroDivisionError):
         fit(module, callback, OnExceptionCheckpoint(tmp_path), enable_checkpointing=True, default_root_dir=tmp_path)
-    live, average = clones(callback.average.named_live()), clones(callback.average.named_tensors())
+    live, average = clones(engine(callback.average).named_live()), clones(callback.average.named_tensors())
     assert not equal(live, average)
     assert equal({name: module.state_dict()[name] for name in live}, live)
     file = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)

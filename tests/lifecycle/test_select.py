@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers import EMACallback, Regression, clones, equal, fit, loader, seeded, trainer
+from helpers import EMACallback, Regression, clones, engine, equal, fit, loader, seeded, trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
@@ -208,7 +208,9 @@ def test_without_select_a_resumed_run_goes_on_with_the_first_average(tmp_path):
     _, _, rest = judged(resumed, epochs=2, module=module, ckpt_path=tmp_path / "file.ckpt")
     assert resumed.selected is resumed.average
     assert rest.logged[-1]["val_loss"] == pytest.approx(rest.scores[-1][0], rel=1e-5)
-    assert equal(resumed.average.named_tensors(), {n: module.state_dict()[n] for n, _ in resumed.average.named_live()})
+    assert equal(
+        resumed.average.named_tensors(), {n: module.state_dict()[n] for n, _ in engine(resumed.average).named_live()}
+    )
 
 
 class Saving(Scored):
@@ -245,7 +247,7 @@ def test_training_is_what_it_is_without():
     def live(callback):
         module = seeded(Scored, dropout=0.5)
         fit(module, callback, max_epochs=3)
-        return clones(callback.average.named_live())
+        return clones(engine(callback.average).named_live())
 
     assert equal(live(selecting()), live(EMACallback([Constant(0.2), Constant(0.8)])))
 

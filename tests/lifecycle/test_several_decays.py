@@ -5,7 +5,7 @@ import csv
 
 import pytest
 import torch
-from helpers import Regression, clones, ema, equal, fit, loader, seeded, trainer
+from helpers import Regression, clones, ema, engine, equal, fit, loader, seeded, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
@@ -36,7 +36,7 @@ def test_a_resumed_run_ends_where_the_whole_one_does(decay, evaluate, tmp_path):
     whole, again = (EMACallback(decay, evaluate=evaluate) for _ in range(2))
     fit(seeded(), whole, saving, max_epochs=4, enable_checkpointing=True)
     fit(seeded(), again, max_epochs=4, ckpt_path=tmp_path / "epoch=1.ckpt")
-    assert equal(whole.average.named_live(), again.average.named_live())
+    assert equal(engine(whole.average).named_live(), engine(again.average).named_live())
     for one, other in zip(whole.averages, again.averages, strict=True):
         assert equal(one.named_tensors(), other.named_tensors())
 
@@ -50,7 +50,7 @@ def test_the_file_holds_what_was_scored_and_every_average_can_be_taken_out(decay
     for which, average in enumerate(callback.averages):
         out = export_average(tmp_path / "file.ckpt", tmp_path / f"{which}.pt", which=which)
         exported = torch.load(out)
-        with average.lent():
+        with average.swapped():
             assert equal(exported, module.state_dict())
     assert equal(torch.load(tmp_path / "file.ckpt")["state_dict"], torch.load(tmp_path / "0.pt"))
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import BATCHES, Regression, clones, equal, fit, loader, seeded
+from helpers import BATCHES, Regression, clones, engine, equal, fit, loader, seeded
 from lightning.pytorch import Callback
 from torch import nn
 
@@ -181,7 +181,7 @@ def test_a_resume_with_another_interval_does_not_switch_at_once(tmp_path):
     trained = fit(Line(), first, max_epochs=1, num_sanity_val_steps=0)
     trained.save_checkpoint(tmp_path / "file.ckpt")
     seen, callback = Starts(), EMACallback(Constant(0.5), switch_every=len(loader()) // 2 + 1)
-    live = dict(first.average.named_live())["net.0.weight"][0, 0].item()
+    live = dict(engine(first.average).named_live())["net.0.weight"][0, 0].item()
     with pytest.warns(UserWarning, match="switch_every: epoch in the file"):
         fit(Line(), seen, callback, max_epochs=2, num_sanity_val_steps=0, ckpt_path=tmp_path / "file.ckpt")
     assert seen.first == live + 1

@@ -5,7 +5,7 @@ from contextlib import suppress
 
 import pytest
 import torch
-from helpers import BATCHES, Regression, clones, equal, fit, loader, seed_everything, seeded, trainer
+from helpers import BATCHES, Regression, clones, engine, equal, fit, loader, seed_everything, seeded, trainer
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import BackboneFinetuning
 from taught import Taught
@@ -26,7 +26,7 @@ def test_a_barebones_trainer_trains_evaluates_and_delivers():
             trainer(callback)
         )  # fmt: skip
         this.fit(module, loader(), loader(2))
-        ends.append((clones(module.state_dict()), clones(callback.average.named_live())))
+        ends.append((clones(module.state_dict()), clones(engine(callback.average).named_live())))
     assert equal(ends[0][0], ends[1][0]) and equal(ends[0][1], ends[1][1])
 
 
@@ -39,7 +39,7 @@ class ReadsInTheMiddle(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         ema = next(callback for callback in trainer.callbacks if isinstance(callback, EMACallback))
         for average in ema.averages:
-            with average.lent() as lent, torch.no_grad():
+            with average.swapped() as lent, torch.no_grad():
                 lent.eval()
                 lent.net(batch[0])
                 lent.train()
@@ -108,7 +108,7 @@ def test_files_that_are_scored_between_two_fits_change_nothing(tmp_path):
         this.fit_loop.max_epochs = 4
         this.fit(module, loader(), loader(2))
         averages = [clones(average.named_tensors()) for average in callback.averages]
-        ends.append((clones(callback.average.named_live()), clones(module.state_dict()), averages))
+        ends.append((clones(engine(callback.average).named_live()), clones(module.state_dict()), averages))
     (live, carried, averages), (live_too, carried_too, averages_too) = ends
     assert equal(live, live_too) and equal(carried, carried_too)
     assert all(equal(a, b) for a, b in zip(averages, averages_too, strict=True))

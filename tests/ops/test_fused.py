@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import seeded
+from helpers import engine, seeded
 from torch import nn
 
 from lightning_ema import Constant, WeightAverage
@@ -138,7 +138,7 @@ def test_an_average_through_the_kernel_while_the_module_changes(interpreted, mon
             for parameter in network.parameters():
                 parameter.normal_()
         average.step()
-        live = {name: tensor.double() for name, tensor in average.named_live()}
+        live = {name: tensor.double() for name, tensor in engine(average).named_live()}
         for decay, tensors in zip([0.9, 0.5], expected, strict=True):
             for name, tensor in tensors.items():
                 tensor.lerp_(live[name], 1 - decay)

@@ -153,7 +153,7 @@ def test_a_loan_of_another_average_waits_for_it(offloaded, monkeypatch):
     thread = average._course.pairing._absorption._offload._thread
     join = thread.join
     thread.join = lambda: (gate.open.set(), join())
-    with other.lent():
+    with other.swapped():
         gate.open.set()
         assert network.weight.item() == 0
         assert dict(average.named_tensors())["weight"].item() == 0.5
@@ -177,7 +177,7 @@ def test_what_the_next_forward_pass_writes_to_is_averaged_as_it_was_at_the_step(
 
 
 def lent(average, network):
-    with average.lent():
+    with average.swapped():
         return network.weight.detach().clone()
 
 

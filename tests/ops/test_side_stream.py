@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import Regression, TwoOptimizers, ema, equal, fit, seeded
+from helpers import Regression, TwoOptimizers, ema, engine, equal, fit, seeded
 from torch import nn
 
 from lightning_ema import Constant, WeightAverage
@@ -167,14 +167,14 @@ def test_what_moves_the_module_after_a_fit_comes_behind_the_update(streams):
     with torch.no_grad():
         module[0].fill_(1.0)
     average.step()
-    average.release()
+    engine(average).release()
     with torch.no_grad():
         module[0].fill_(9.0)
     assert dict(average.named_tensors())["0"].tolist() == [0.5, 0.5]
 
 
 def lent(average, module):
-    with average.lent():
+    with average.swapped():
         return module[0].detach().clone()
 
 

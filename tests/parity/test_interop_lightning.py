@@ -4,7 +4,7 @@ import packages
 import pytest
 import pytorch_lightning
 import torch
-from helpers import clones, ema, equal, fit, seeded
+from helpers import clones, ema, engine, equal, fit, seeded
 from lightning.pytorch import Callback
 from torch import nn
 from torch.utils.data import DataLoader
@@ -92,7 +92,7 @@ def test_a_trainer_goes_on_as_lit_ema_does(tmp_path):
     train(ours, callback, epochs=2, ckpt_path=tmp_path / "x.ckpt")
     assert callback.average.num_steps == theirs.model_ema.num_updates == 8
     live = clones(theirs.state_dict())
-    assert equal(callback.average.named_live(), {n: live[n] for n, _ in callback.average.named_live()})
+    assert equal(engine(callback.average).named_live(), {n: live[n] for n, _ in engine(callback.average).named_live()})
     with theirs.ema_scope():
         for name, tensor in callback.average.named_tensors():
             torch.testing.assert_close(tensor, theirs.state_dict()[name], msg=name)

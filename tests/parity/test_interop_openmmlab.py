@@ -5,7 +5,7 @@ import logging
 import packages
 import pytest
 import torch
-from helpers import clones, equal, trainer
+from helpers import clones, engine, equal, trainer
 from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.data import DataLoader
@@ -120,7 +120,7 @@ def test_a_trainer_goes_on_as_mmdet2_without_a_break(by_epoch, tmp_path):
     assert callback.average.num_steps == theirs.steps
     for name, tensor in callback.average.named_tensors():
         torch.testing.assert_close(tensor, theirs.weights[name], msg=name)
-    for name, tensor in callback.average.named_live():
+    for name, tensor in engine(callback.average).named_live():
         torch.testing.assert_close(tensor, theirs.live[name], msg=name)
 
 

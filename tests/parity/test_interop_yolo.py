@@ -8,7 +8,7 @@ import packages
 import pytest
 import torch
 import yaml
-from helpers import clones, ema, equal, trainer
+from helpers import clones, ema, engine, equal, trainer
 from lightning.pytorch import LightningModule
 from torch.utils.data import DataLoader
 
@@ -219,7 +219,7 @@ def test_a_trainer_goes_on_as_their_own_resumed_run_does(trained, tmp_path, caps
     theirs = resumed.ema.ema.state_dict()
     for name, tensor in callback.average.named_tensors():
         torch.testing.assert_close(tensor, theirs[name.removeprefix("detector.")], atol=1e-5, rtol=1e-5, msg=name)
-    live = dict(callback.average.named_live())
+    live = dict(engine(callback.average).named_live())
     assert not torch.allclose(live["detector.model.0.conv.weight"], theirs["model.0.conv.weight"], atol=1e-4)
 
 

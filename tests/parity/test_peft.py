@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import clones, ema, loader, trainer
+from helpers import clones, ema, engine, loader, trainer
 from lightning.pytorch import LightningModule
 from packages import peer
 from safetensors.torch import load_file
@@ -69,7 +69,7 @@ def run(tmp_path_factory):
     (x, _), *_ = loader(1)
     averaged = clones(module.state_dict())
     fresh = Adapted()
-    fresh.load_state_dict(averaged | clones(callback.average.named_live()))
+    fresh.load_state_dict(averaged | clones(engine(callback.average).named_live()))
     with torch.no_grad():
         return folder, module, callback, fresh.network(x)
 
@@ -105,7 +105,7 @@ def test_in_a_loop_of_ones_own(tmp_path):
     (x, _), *_ = loader(1)
     with torch.no_grad():
         live = network(x)
-    with average.lent():
+    with average.swapped():
         network.save_pretrained(tmp_path / "adapter")
         assert_adapter(tmp_path / "adapter", network, live)
     with torch.no_grad():
@@ -120,7 +120,7 @@ def test_a_16_bit_adapter_is_written_in_its_own_dtype(tmp_path):
             if ".lora_" in name:
                 p.fill_(1.0)
     average.step()
-    with average.lent():
+    with average.swapped():
         network.save_pretrained(tmp_path / "adapter")
         lent = {name: t.clone() for name, t in network.state_dict().items() if ".lora_" in name}
     written = load_file(tmp_path / "adapter" / "adapter_model.safetensors")

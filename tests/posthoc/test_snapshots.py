@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Regression, seeded
+from helpers import Regression, engine, history_of, seeded
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -150,7 +150,7 @@ class TestResume:
     def test_what_a_killed_process_left_half_written_goes(self, tmp_path):
         averages, snapshots = tracked(nn.Linear(2, 1)), Snapshots(tmp_path, every_n_steps=2)
         train(averages, snapshots, 2)
-        half = tmp_path / f"snapshot-{averages[0].history.run}-000000003.pt.tmp"
+        half = tmp_path / f"snapshot-{history_of(averages[0]).run}-000000003.pt.tmp"
         half.write_bytes(b"half")
         train(averages, snapshots, 2)
         assert not half.exists() and steps_left(tmp_path) == [[2, 4]]
@@ -158,9 +158,9 @@ class TestResume:
     def test_snapshots_deleted_by_hand_are_no_trouble(self, tmp_path):
         averages, snapshots = tracked(nn.Linear(2, 1)), Snapshots(tmp_path, every_n_steps=2)
         train(averages, snapshots, 6)
-        files_in(tmp_path)[averages[0].history.run][0].unlink()
+        files_in(tmp_path)[history_of(averages[0]).run][0].unlink()
         train(averages, snapshots, 2)
-        assert steps_left(tmp_path) == [[4, 6, 8]] and averages[0].history.snapshots == [4, 6, 8]
+        assert steps_left(tmp_path) == [[4, 6, 8]] and history_of(averages[0]).snapshots == [4, 6, 8]
 
 
 class TestFile:
@@ -190,9 +190,9 @@ class TestFile:
         snapshots = Snapshots(tmp_path, every_n_steps=100)
         train(averages, snapshots, 5)
         plain = load(write(snapshots, averages))
-        with averages[1].lent():
+        with averages[1].swapped():
             lent = load(write(snapshots, averages))
-        averages[0].deliver()
+        averages[0].apply(keep=True)
         delivered = load(write(snapshots, averages))
         for other in (lent, delivered):
             assert other["entries"] == plain["entries"]
@@ -331,7 +331,7 @@ def test_it_draws_no_random_number_and_does_not_touch_the_weights(tmp_path):
 
 def test_bound_schedules_are_stored_as_bound(tmp_path):
     average = WeightAverage(nn.Linear(2, 1), HalfLife(epochs=2))
-    average.bind(Plan(steps_per_epoch=5.5))
+    engine(average).bind(Plan(steps_per_epoch=5.5))
     average.step()
     path = write(Snapshots(tmp_path, every_n_steps=1), [average])
     assert read(path).histories[0][0].decay == "HalfLife(steps=11.0)"

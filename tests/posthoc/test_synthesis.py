@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from helpers import Regression, seeded
+from helpers import Regression, engine, history_of, seeded
 from torch import nn
 
 from lightning_ema import (
@@ -61,7 +61,7 @@ def small(dtype=torch.float64):
 def miss(weights, average):
     """The distance to the average followed directly, over that average's distance to the live weights."""
     direct = {name: tensor.double() for name, tensor in average.named_tensors()}
-    live = {name: tensor.double() for name, tensor in average.named_live()}
+    live = {name: tensor.double() for name, tensor in engine(average).named_live()}
     error = sum(((weights[name].double() - tensor) ** 2).sum() for name, tensor in direct.items())
     return float((error / sum(((live[name] - tensor) ** 2).sum() for name, tensor in direct.items())) ** 0.5)
 
@@ -146,7 +146,7 @@ class TestExactness:
         (average, _), (direct,) = train(small(), tmp_path, [wanted], 120, 21, 0, tracked, step, **settings)
         write(Snapshots(tmp_path, every_n_steps=21, keep=1000), [average, _])
         (paths,) = files_in(tmp_path).values()
-        whole = profile(wanted, Timeline(average.history.stretches))
+        whole = profile(wanted, Timeline(history_of(average).stretches))
         columns = []
         for path in paths:
             for history in read(path).histories:
@@ -251,7 +251,7 @@ class TestModules:
             if step == 150:
                 net[0].weight.requires_grad_(True)
                 for average in averages:
-                    average.refresh()
+                    engine(average).refresh()
             for parameter in net.parameters():
                 if parameter.requires_grad:
                     parameter.data.add_(torch.randn_like(parameter), alpha=0.1)

@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from helpers import BATCHES, Regression, clones, fit, seeded
+from helpers import BATCHES, Regression, clones, engine, fit, schedule_of, seeded, settings_of
 from lightning.pytorch import Callback
 from trajectory import Reference, assert_follows
 
@@ -267,14 +267,14 @@ def test_a_parameter_unfrozen_later_has_the_average_of_a_system_that_averaged_it
     for n in range(1, 12):
         if n == 6:
             module.requires_grad_(True)
-            average.refresh()  # as EMACallback does before each step
+            engine(average).refresh()  # as EMACallback does before each step
         with torch.no_grad():
             for parameter in module.parameters():
                 if parameter.requires_grad:
                     parameter.add_(torch.full_like(parameter, 0.1 * n))
         reference.update(module)
         average.step()
-        with average.lent():
+        with average.swapped():
             for name, tensor in reference.tensors().items():
                 torch.testing.assert_close(module.state_dict()[name].double(), tensor, rtol=0, atol=5e-6)
 
@@ -341,7 +341,7 @@ def test_mmpretrain_cosine_takes_the_length_of_the_whole_run(begin_iter):
     fit(seeded(), watch, callback, max_epochs=4)
     last = total - max(1, begin_iter)
     # the last of K calls has s = K - 1, before the end of the cosine
-    assert callback.average.schedule(last) == pytest.approx(1 - cosine(0.5, 0.1, total)(last), abs=1e-12)
+    assert schedule_of(callback.average)(last) == pytest.approx(1 - cosine(0.5, 0.1, total)(last), abs=1e-12)
     averages = dict(callback.average.named_tensors())
     for name, tensor in watch.reference.tensors().items():
         torch.testing.assert_close(averages[name].double(), tensor, rtol=0, atol=5e-6)
@@ -353,9 +353,9 @@ def test_mmpretrain_cosine_of_a_resumed_run_is_that_of_the_whole_run(tmp_path):
     fit(seeded(), whole, max_epochs=4)
     fit(seeded(), first, max_epochs=4, max_steps=BATCHES).save_checkpoint(tmp_path / "half.ckpt")
     fit(seeded(), resumed, max_epochs=4, ckpt_path=tmp_path / "half.ckpt")
-    assert resumed.average.schedule == whole.average.schedule
+    assert schedule_of(resumed.average) == schedule_of(whole.average)
     last = 4 * BATCHES - 1
-    assert resumed.average.schedule(last) == pytest.approx(1 - cosine(0.5, 0.1, 4 * BATCHES)(last), abs=1e-12)
+    assert schedule_of(resumed.average)(last) == pytest.approx(1 - cosine(0.5, 0.1, 4 * BATCHES)(last), abs=1e-12)
 
 
 class FromSecondEpoch(Callback):
@@ -400,7 +400,7 @@ def test_recipes_are_arguments_of_the_callback_and_of_the_engine(name):
         needed = {"total_steps": 10}
     recipe = make(**needed)
     callback, average = EMACallback(**recipe), WeightAverage(Regression(), **recipe)
-    assert callback.settings == average.settings
+    assert settings_of(callback) == engine(average).settings
     assert set(inspect.signature(make).parameters).isdisjoint({"kwargs", "args"})
 
 

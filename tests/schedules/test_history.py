@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from helpers import Regression
+from helpers import Regression, history_of
 from torch import nn
 
 from lightning_ema import Constant, Equal, PerUpdate, Power, Schedule, WeightAverage
@@ -28,8 +28,8 @@ def test_a_regular_run_takes_one_entry():
 
 def test_irregular_steps_are_kept_one_by_one():
     average = followed([1, 3, 3, 0, 2], every_n_steps=2)  # after 1: none; at 4, 7 and 9: updates
-    assert runs(average.history) == [[(4, 1), (3, 1), (2, 1)]]
-    assert average.history.num_steps == 9 and average.history.last_gap == 2
+    assert runs(history_of(average)) == [[(4, 1), (3, 1), (2, 1)]]
+    assert history_of(average).num_steps == 9 and history_of(average).last_gap == 2
 
 
 def test_an_update_left_out_for_nan_widens_the_gap():
@@ -39,26 +39,26 @@ def test_an_update_left_out_for_nan_widens_the_gap():
     for value in (good, good * float("nan"), good * float("nan"), good):
         net.weight.data.copy_(value)
         average.step()
-    assert runs(average.history) == [[(1, 1), (3, 1)]]
+    assert runs(history_of(average)) == [[(1, 1), (3, 1)]]
 
 
 def test_start_begins_a_new_history():
     average = followed([1] * 4)
-    average.history.run = "abc"
+    history_of(average).run = "abc"
     average.start()
-    assert runs(average.history) == [] and average.history.run == "" and average.history.num_steps == 0
+    assert runs(history_of(average)) == [] and history_of(average).run == "" and history_of(average).num_steps == 0
 
 
 def test_it_survives_the_state_dict_and_a_file(tmp_path):
     average = followed([1, 1, 3])
-    average.history.run, average.history.snapshots = "0a1b2c3d", [2, 5]
+    history_of(average).run, history_of(average).snapshots = "0a1b2c3d", [2, 5]
     torch.save(average.state_dict(), tmp_path / "state.pt")
     other = followed([])
     other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     other.step(3)
-    assert runs(other.history) == [[(1, 2), (3, 2)]]
-    assert (other.history.run, other.history.snapshots) == ("0a1b2c3d", [2, 5])
-    assert runs(average.history) == [[(1, 2), (3, 1)]], "the state is a copy"
+    assert runs(history_of(other)) == [[(1, 2), (3, 2)]]
+    assert (history_of(other).run, history_of(other).snapshots) == ("0a1b2c3d", [2, 5])
+    assert runs(history_of(average)) == [[(1, 2), (3, 1)]], "the state is a copy"
 
 
 def test_a_file_without_a_history_loads_with_an_empty_one():
@@ -66,7 +66,7 @@ def test_a_file_without_a_history_loads_with_an_empty_one():
     del state["histories"]
     other = followed([1])
     other.load_state_dict(state)
-    assert other.num_updates == 3 and other.history.stretches == []
+    assert other.num_updates == 3 and history_of(other).stretches == []
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_a_damaged_history_is_refused_and_nothing_changed(damage):
     damage(state["histories"][0])
     with pytest.raises(ValueError, match="damaged"):
         average.load_state_dict(state)
-    assert average.num_steps == 5 and runs(average.history) == [[(1, 2), (3, 1)]]
+    assert average.num_steps == 5 and runs(history_of(average)) == [[(1, 2), (3, 1)]]
 
 
 def test_another_schedule_after_a_resume_opens_a_stretch_and_the_same_one_does_not():
@@ -95,10 +95,10 @@ def test_another_schedule_after_a_resume_opens_a_stretch_and_the_same_one_does_n
         other = followed([], decay=decay)
         other.load_state_dict(state)
         other.step()
-        assert runs(other.history) == stretches
-    assert [s.decay for s in other.history.stretches] == ["Constant(decay=0.5)", "Constant(decay=0.75)"]
-    assert runs(other.history) != runs(followed([1] * 3).history)
-    assert joined(other.history.stretches) == joined(followed([1] * 3).history.stretches)
+        assert runs(history_of(other)) == stretches
+    assert [s.decay for s in history_of(other).stretches] == ["Constant(decay=0.5)", "Constant(decay=0.75)"]
+    assert runs(history_of(other)) != runs(followed([1] * 3).history)
+    assert joined(history_of(other).stretches) == joined(followed([1] * 3).history.stretches)
 
 
 def test_another_way_of_counting_opens_a_stretch():
@@ -106,7 +106,7 @@ def test_another_way_of_counting_opens_a_stretch():
     other.load_state_dict(followed([1, 1], decay=Constant(0.5)).state_dict())
     other.step()
     once = "PerUpdate(schedule=Constant(decay=0.5))"
-    assert [stretch.decay for stretch in other.history.stretches] == ["Constant(decay=0.5)", once]
+    assert [stretch.decay for stretch in history_of(other).stretches] == ["Constant(decay=0.5)", once]
 
 
 def test_a_schedule_of_ones_own_is_recorded_under_a_text_that_no_one_reads_as_ours():
@@ -137,4 +137,4 @@ def test_a_module_under_lightning_records_too():
     average.step()
     clone.step()
     clone.step()
-    assert (runs(average.history), runs(clone.history)) == ([[(1, 1)]], [[(1, 2)]])
+    assert (runs(history_of(average)), runs(clone.history)) == ([[(1, 1)]], [[(1, 2)]])

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from helpers import engine, history_of
 from torch import nn
 
 from lightning_ema import (
@@ -50,7 +51,7 @@ def one_hot(gaps, schedule, **settings):
 def test_a_profile_is_what_unit_vectors_leave_in_an_average(schedule, gaps, chunk, monkeypatch):
     monkeypatch.setattr(module, "CHUNK", chunk)
     seen, average = one_hot(gaps, schedule)
-    timeline = Timeline(average.history.stretches)
+    timeline = Timeline(history_of(average).stretches)
     assert timeline.steps(0, len(gaps)).tolist() == list(itertools.accumulate(gaps))
     computed = profile(schedule, timeline)
     assert torch.allclose(computed, seen, rtol=0, atol=1e-15)
@@ -64,7 +65,7 @@ def test_ages_are_those_of_the_whole_profile(schedule, gaps, chunk, monkeypatch)
     monkeypatch.setattr(module, "CHUNK", chunk)
     seen, average = one_hot(gaps, schedule)
     before = torch.tensor([sum(gaps), *(sum(gaps[i:]) for i in range(1, len(gaps) + 1))], dtype=torch.float64)
-    timeline = Timeline(average.history.stretches)
+    timeline = Timeline(history_of(average).stretches)
     for made_of in (ages(timeline), ages(timeline, schedule)):
         assert made_of.mean == pytest.approx(float(seen @ before), abs=1e-6)
         assert made_of.start == pytest.approx(float(seen[0]), abs=1e-7)
@@ -85,14 +86,14 @@ def test_ages_of_a_long_run_are_read_no_further_back_than_they_matter(monkeypatc
 
 def test_an_interval_leaves_out_what_it_does_not_see():
     seen, average = one_hot([1] * 20, Power(sigma_rel=0.1), every_n_steps=4)
-    timeline = Timeline(average.history.stretches)
+    timeline = Timeline(history_of(average).stretches)
     assert timeline.steps(0, 5).tolist() == [4, 8, 12, 16, 20]
     assert torch.allclose(profile(Power(sigma_rel=0.1), timeline), seen[[0, 4, 8, 12, 16, 20]], rtol=0, atol=1e-15)
 
 
 def test_a_change_of_schedule_in_a_resumed_run_is_followed():
     _, average = one_hot([1] * 5, Constant(0.5))
-    resumed = WeightAverage(average.module, Constant(0.75))
+    resumed = WeightAverage(engine(average).module, Constant(0.75))
     resumed.load_state_dict(average.state_dict())
     resumed.step()
     resumed.step()

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import BATCHES, clones, equal, fit, loader, seeded, trainer
+from helpers import BATCHES, clones, engine, equal, fit, loader, seeded, trainer
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -354,7 +354,7 @@ class TestFiles:
             assert equal(twin.state_dict(), module.state_dict())
             fit(twin, max_epochs=1)
             assert not equal(twin.teacher.state_dict(), module.teacher.state_dict())
-            assert module.teacher_callback.average.module is module.student
+            assert engine(module.teacher_callback.average).module is module.student
 
 
 class Saves(Taught):

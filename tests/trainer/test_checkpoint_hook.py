@@ -29,7 +29,7 @@ def notes(module):
 @pytest.fixture
 def hung():
     module, owner = Notes(), Owner()
-    ModuleHook.hang(module, "on_save_checkpoint", owner.around)
+    ModuleHook.install(module, "on_save_checkpoint", owner.around)
     return module, owner
 
 
@@ -39,7 +39,7 @@ def test_it_stands_around_the_modules_own_hook(hung):
 
 def test_hanging_it_twice_hangs_it_once(hung):
     module, owner = hung
-    ModuleHook.hang(module, "on_save_checkpoint", owner.around)
+    ModuleHook.install(module, "on_save_checkpoint", owner.around)
     assert notes(module) == ["before", "own", "after"]
 
 
@@ -47,7 +47,7 @@ def test_below_that_of_another_owner_it_is_not_hung_again(hung):
     module, owner = hung
     other = Owner()
     for each in (other, owner, other, owner):
-        ModuleHook.hang(module, "on_save_checkpoint", each.around)
+        ModuleHook.install(module, "on_save_checkpoint", each.around)
     assert notes(module) == ["before", "before", "own", "after", "after"]
 
 
@@ -55,15 +55,15 @@ def test_wrapped_by_a_user_and_hung_again_it_acts_once(hung):
     module, owner = hung
     wrapped = module.on_save_checkpoint
     module.on_save_checkpoint = lambda checkpoint: wrapped(checkpoint)
-    ModuleHook.hang(module, "on_save_checkpoint", owner.around)
+    ModuleHook.install(module, "on_save_checkpoint", owner.around)
     assert notes(module) == ["before", "own", "after"]
 
 
 def test_taken_down_it_leaves_no_trace(hung):
     module, owner = hung
-    ModuleHook.take_down(module, "on_save_checkpoint", Owner().around)  # another owner's
+    ModuleHook.remove(module, "on_save_checkpoint", Owner().around)  # another owner's
     assert notes(module) == ["before", "own", "after"]
-    ModuleHook.take_down(module, "on_save_checkpoint", owner.around)
+    ModuleHook.remove(module, "on_save_checkpoint", owner.around)
     assert "on_save_checkpoint" not in vars(module)
     assert notes(module) == ["own"]
 
@@ -71,8 +71,8 @@ def test_taken_down_it_leaves_no_trace(hung):
 def test_a_hook_that_hung_there_before_comes_back():
     module, owner = Notes(), Owner()
     module.on_save_checkpoint = lambda checkpoint: checkpoint.update(notes=["mine"])
-    ModuleHook.hang(module, "on_save_checkpoint", owner.around)
-    ModuleHook.take_down(module, "on_save_checkpoint", owner.around)
+    ModuleHook.install(module, "on_save_checkpoint", owner.around)
+    ModuleHook.remove(module, "on_save_checkpoint", owner.around)
     assert notes(module) == ["mine"]
 
 
