@@ -7,7 +7,8 @@ import torch
 from helpers import engine
 from torch import nn
 
-from lightning_ema import Constant, Cosine, Equal, PerUpdate, Plan, Power, Then, Warmup, WeightAverage
+from lightning_ema import Constant, Cosine, Equal, PerUpdate, Power, Then, Warmup, WeightAverage
+from lightning_ema.schedules import Plan
 
 
 class Numbers(nn.Module):
