@@ -16,6 +16,7 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 
 from lightning_ema import Constant, Warmup, WeightAverage
+from lightning_ema.averaging.weight_average import tracker_of
 
 STEPS, SEEDS = 2820, 3
 FALLS_TO = (1.0, 0.3, 0.1, 0.03, 0.01, 0.0)
