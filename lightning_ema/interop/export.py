@@ -200,7 +200,7 @@ def _schedule_of(entry: Mapping[str, Any], place: int) -> list[str]:
     """The schedule of one of an entry's averages, where it was updated and the file says under which."""
     histories = entry.get("histories")
     stretches = histories[place]["stretches"] if histories else []
-    with suppress(ValueError):  # a schedule of the user's own, which is shown as it is spelled
+    with suppress(ValueError):  # a schedule of the user's own, which is shown as it is written
         return [repr(read_schedule(stretch["decay"])) for stretch in stretches[-1:]]
     return [stretches[-1]["decay"]]
 

@@ -150,7 +150,7 @@ def test_others_need_several_decays(others):
         EMACallback(0.9, others=others)
 
 
-def test_training_and_a_plain_validation_are_those_of_the_first_alone():
+def test_training_and_a_plain_validation_are_those_of_the_on_first_only():
     one, several = seeded(), seeded()
     scores = []
     for module, decay in ((one, 0.9), (several, DECAYS)):
