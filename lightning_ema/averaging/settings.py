@@ -82,7 +82,7 @@ class Settings:
         if buffers == "recalibrate" or isinstance(buffers, Recalibrate):
             raise ValueError(
                 f"buffers={buffers!r} needs training batches, which EMACallback takes from its Trainer. In a loop of "
-                "your own write buffers='copy', and in `with average.lent():` call torch.optim.swa_utils.update_bn."
+                "your own write buffers='copy', and in `with average.swapped():` call torch.optim.swa_utils.update_bn."
             )
         check_choice(buffers, "buffers", ("average", "copy"))
         check_flag(include_frozen, "include_frozen")
