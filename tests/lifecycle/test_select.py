@@ -112,7 +112,7 @@ def test_inspecting_has_a_line_for_each_average_and_says_which_is_in_state_dict(
             f"place {place}: Constant({name}); decay in force: {name}, a horizon of {horizon} steps; distance between "
             f"live weights and average: {distance:.4g} of the live weights' norm"
         )
-        assert places[place] == expected + ("; in state_dict, chosen by a metric" if place == 1 else "")
+        assert places[place] == expected + ("; in state_dict, selected by a metric" if place == 1 else "")
     assert len([line for line in lines if "distance" in line]) == 2
 
 

@@ -207,7 +207,8 @@ def test_a_resume_with_another_interval_does_not_switch_at_once(order, tmp_path)
     trained.save_checkpoint(tmp_path / "file.ckpt")
     live = dict(engine(callbacks[::order][0].average).named_live())["net.0.weight"][0, 0].item()
     seen, again = Starts(), switching(BATCHES // 2 + 1, order=order)
-    fit(Line(), seen, *again, max_epochs=2, num_sanity_val_steps=0, ckpt_path=tmp_path / "file.ckpt")
+    with pytest.warns(UserWarning, match="SwitchEMA 'ema': .*every: epoch in the file, 4 now"):
+        fit(Line(), seen, *again, max_epochs=2, num_sanity_val_steps=0, ckpt_path=tmp_path / "file.ckpt")
     assert seen.first == live + 1
 
 
