@@ -27,7 +27,7 @@ from lightning_ema import (
     Warmup,
     WeightAverage,
 )
-from lightning_ema.averaging.report import LARGE_START, REACHED, SMALL_DISTANCE, Facts, report
+from lightning_ema.averaging.report import LARGE_START, REACHED, SMALL_DISTANCE, Facts, facts_of, report
 from lightning_ema.schedules.profiles import Ages
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(a tenth of the horizon|used to create the checkpoint)")
@@ -258,14 +258,14 @@ class TestFacts:
 
     def test_a_schedule_that_corrects_its_average_has_no_ages(self):
         average = trained(WeightAverage(nn.Linear(3, 3), Bema()))
-        assert average._facts().ages is None and "old on average" not in average.report()
+        assert facts_of(engine(average), 0).ages is None and "old on average" not in average.report()
 
     def test_a_resumed_run_under_another_schedule_knows_both(self):
         first = trained(WeightAverage(nn.Linear(1, 1), Constant(0.5)), (1,) * 3)
         second = WeightAverage(first.module, Constant(0.75))
         second.load_state_dict(first.state_dict())
         trained(second, (1,) * 2)
-        ages = second._facts().ages
+        ages = facts_of(engine(second), 0).ages
         # 0.75 ** 2 of the first average, whose states weigh 1/2, 1/4, 1/8 and 1/8 and are 2, 3, 4 and 5 steps old
         assert ages.mean == pytest.approx(0.25 * 0.75 * 1 + 0.5625 * (2 / 2 + 3 / 4 + 4 / 8 + 5 / 8))
         assert ages.start == pytest.approx(0.5625 / 8)
@@ -274,7 +274,7 @@ class TestFacts:
         first = trained(WeightAverage(nn.Linear(1, 1), Constant(0.5)), (1,) * 3)
         second = WeightAverage(first.module, Constant(0.75))
         second.load_state_dict(first.state_dict())
-        assert second._facts().ages == first._facts().ages
+        assert facts_of(engine(second), 0).ages == facts_of(engine(first), 0).ages
 
     @pytest.mark.parametrize("lose", ["the history", "the class of the schedule"])
     def test_what_is_not_known_is_not_said(self, lose):
@@ -285,7 +285,7 @@ class TestFacts:
         second = WeightAverage(first.module, Constant(0.75))
         second.load_state_dict(state)
         trained(second, (1,) * 2)
-        assert second._facts().ages is None and "old on average" not in second.report()
+        assert facts_of(engine(second), 0).ages is None and "old on average" not in second.report()
         assert "0.75, a horizon of 4.0 steps. Live" in second.report()
 
 

@@ -405,7 +405,7 @@ def test_a_file_with_code_is_refused_and_the_risk_is_said(tmp_path, capsys):
 
 def test_code_of_a_program_that_is_not_there(tmp_path, capsys, monkeypatch):
     torch.save(yolo(), tmp_path / "best.pt")
-    monkeypatch.delattr("test_interop.Yolo")
+    monkeypatch.delattr("test_convert.Yolo")
     assert main(["import", str(tmp_path / "best.pt"), "--as", "weights", "--allow-code"]) == 1
     assert "must be importable" in capsys.readouterr().err
 
