@@ -188,7 +188,7 @@ class TestFacts:
         net = nn.Linear(1, 1)
         given = PerUpdate(schedule) if per_update else schedule
         average = WeightAverage(net, given, every_n_steps=every, start_step=start)
-        facts = trained(average)._facts()
+        facts = facts_of(engine(trained(average)), 0)
         shares = weight_of_each_state(schedule, 40, every, per_update, start)
         assert sum(shares.values()) == pytest.approx(1)
         assert facts.ages.mean == pytest.approx(sum(share * (40 - state) for state, share in shares.items()))
@@ -262,7 +262,7 @@ class TestFacts:
 
     def test_a_resumed_run_under_another_schedule_knows_both(self):
         first = trained(WeightAverage(nn.Linear(1, 1), Constant(0.5)), (1,) * 3)
-        second = WeightAverage(first.module, Constant(0.75))
+        second = WeightAverage(engine(first).module, Constant(0.75))
         second.load_state_dict(first.state_dict())
         trained(second, (1,) * 2)
         ages = facts_of(engine(second), 0).ages
@@ -272,7 +272,7 @@ class TestFacts:
 
     def test_a_resumed_run_asked_before_its_first_update_speaks_of_what_there_is(self):
         first = trained(WeightAverage(nn.Linear(1, 1), Constant(0.5)), (1,) * 3)
-        second = WeightAverage(first.module, Constant(0.75))
+        second = WeightAverage(engine(first).module, Constant(0.75))
         second.load_state_dict(first.state_dict())
         assert facts_of(engine(second), 0).ages == facts_of(engine(first), 0).ages
 
@@ -282,7 +282,7 @@ class TestFacts:
         state = first.state_dict()
         if lose == "the history":
             del state["histories"]
-        second = WeightAverage(first.module, Constant(0.75))
+        second = WeightAverage(engine(first).module, Constant(0.75))
         second.load_state_dict(state)
         trained(second, (1,) * 2)
         assert facts_of(engine(second), 0).ages is None and "old on average" not in second.report()
