@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lightning_ema.averaging.state_dict import gather, take_up
 from lightning_ema.averaging.swap import lasting
 from lightning_ema.averaging.weight_average import WeightAverage
-from lightning_ema.checkpoint.entry import pack, unpack
+from lightning_ema.checkpoint.entry import CallbackEntry, Recalibrated, stored_average
 from lightning_ema.distributed import dtensor as shards
 from lightning_ema.modules.batchnorm import Recalibration
 from lightning_ema.modules.edits import Footprint
@@ -208,51 +210,65 @@ class Custody:
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
-    def entry(self) -> dict[str, Any]:
+    def entry(self) -> CallbackEntry:
         """The callback's entry in a checkpoint whose ``state_dict`` was taken while the module carried the average."""
-        state = self.average.state_dict()  # which looks for layers that were replaced since the last step
+        state = gather(self.average)  # which looks for layers that were replaced since the last step
         live = dict(self.average.named_live()) if self.gives_average else self._aside
         if self.gives_average:
             live |= {name: tensor for each in self._statistics[:1] for name, tensor in each.live().items()}
-        in_state_dict = self.gives_average and self.chosen == 0 and not self.average.schedule.corrects
-        entry = pack(state, live, Survey(self.average.module).tensors, in_state_dict)
-        entry["steps_before"] = self.steps_before
-        entry["chosen"], entry["choices"] = self.chosen, self.choices
-        if self.switched is not None:
-            entry["switched"] = self.switched
+            if self.chosen == 0 and not self.average.schedule.corrects:
+                state = replace(state, average=stored_average(state.average, Survey(self.average.module).tensors))
+        statistics = [s.estimated if place > 0 else {} for place, s in enumerate(self._statistics)]
+        made_at = [s.made_at for s in self._statistics]
+        decay = None
         with suppress(ValueError):  # a schedule that does not know the run yet
-            entry["decay"] = self.average.decay
-        if self._statistics:
-            entry["recalibrated_at"] = self._statistics[0].made_at
-            entry["recalibrated"] = [{"at": s.made_at, "statistics": s.estimated} for s in self._statistics[1:]]
-        return entry
+            decay = self.average.decay
+        return CallbackEntry(
+            **vars(state),
+            steps_before=self.steps_before,
+            live=live,
+            selected=self.chosen,
+            num_selections=self.choices,
+            decay=decay,
+            switched=self.switched,
+            recalibrated=tuple(map(Recalibrated, made_at, statistics)) or None,
+        )
 
-    def resume(self, entry: dict[str, Any], chooses: bool = False) -> None:
+    def resume(self, entry: CallbackEntry, chooses: bool = False) -> None:
         """Takes up an entry, after the file's ``state_dict`` was loaded into the module.
 
         Args:
             entry: made by :meth:`entry`.
             chooses: whether one of several averages is chosen in this run; otherwise it is the first again.
         """
-        state, live = unpack(entry, Survey(self.average.module).tensors)
-        self.average.load_state_dict(state)
-        self.steps_before, self.switched = entry.get("steps_before", 0), entry.get("switched")
-        self.chosen, self.choices = (entry.get("chosen", 0), entry.get("choices", 0)) if chooses else (0, 0)
-        if self._statistics and "recalibrated_at" in entry:
-            self._statistics[0].keep(entry["recalibrated_at"])
-            for statistics, kept in zip(self._statistics[1:], entry.get("recalibrated", ()), strict=False):
-                statistics.made_at = kept["at"]
-                statistics.estimated = {name: tensor.clone() for name, tensor in kept["statistics"].items()}
-        write(live, self.average.module)
+        take_up(self.average, entry, Survey(self.average.module).tensors)
+        self.steps_before, self.switched = entry.steps_before, entry.switched
+        self.chosen, self.choices = (entry.selected, entry.num_selections) if chooses else (0, 0)
+        for place, (statistics, kept) in enumerate(zip(self._statistics, entry.recalibrated or (), strict=False)):
+            if place == 0:
+                statistics.keep(kept.at)
+            else:
+                statistics.made_at = kept.at
+                statistics.estimated = {name: tensor.clone() for name, tensor in kept.statistics.items()}
+        write(entry.live, self.average.module)
 
     def adopt(self, steps: int, updates: int, live: dict[str, Any]) -> None:
         """Takes up an average of Lightning's ``WeightAveraging`` in the same way; one without an update is none yet."""
         if updates > 0:
-            counters = {"num_steps": steps, "num_updates": updates, "last_update_step": steps}
-            began = {"started": True, "start_step": 0}  # also where this callback's own start would come later
             loaded = dict(self.average.named_live())  # the file's average
-            averages = {"average": loaded, "others": [loaded for _ in self.average.averages[1:]], "origin": loaded}
-            self.average.load_state_dict({**self.average.state_dict(), **counters, **began, **averages})
+            state = replace(
+                gather(self.average),
+                num_steps=steps,
+                num_updates=updates,
+                last_update_step=steps,
+                started=True,
+                start_step=0,  # also where this callback's own start would come later
+                names=tuple(loaded),
+                average=loaded,
+                further=tuple(loaded for _ in self.average.averages[1:]),
+                origin=loaded,
+            )
+            take_up(self.average, state)
         self.average.module.load_state_dict(live, strict=False)
         if updates == 0 and self.average.started:
             self.average.start()

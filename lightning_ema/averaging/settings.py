@@ -14,6 +14,7 @@ import torch
 
 from lightning_ema.checks import check_choice, check_count, check_flag
 from lightning_ema.schedules.basic import Schedule, Warmup
+from lightning_ema.schedules.text import as_whole
 
 DecayPer = Literal["step", "update"]
 Buffers = Literal["average", "copy", "recalibrate"]
@@ -141,15 +142,6 @@ def label(schedule: Schedule) -> str:
     if not is_dataclass(schedule):
         return type(schedule).__name__  # its repr may hold an address, which is another in every run
     return re.sub(r"[^\w.]+", "_", as_whole(repr(schedule))).strip("_")
-
-
-def as_whole(text: str) -> str:
-    """A text in which numbers that are whole are written without ``.0``, so that equal settings read the same.
-
-    >>> as_whole("Then(1.0, at=3, second=HalfLife(epochs=10.05))")
-    'Then(1, at=3, second=HalfLife(epochs=10.05))'
-    """
-    return re.sub(r"\b(\d+)\.0\b(?!\.)", r"\1", text)
 
 
 def _as_schedule(decay: float | Schedule) -> Schedule:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from lightning_ema.averaging.pairing import Pairing
 from lightning_ema.averaging.settings import Settings
 from lightning_ema.averaging.swap import Loan
-from lightning_ema.checkpoint.state import COUNTERS
+from lightning_ema.checkpoint.entry import AverageState
 from lightning_ema.distributed.dtensor import all_across, local
 from lightning_ema.distributed.partition import Reconcile, everyone
 from lightning_ema.ops.lerp import all_finite
@@ -128,17 +126,13 @@ class Course:
         """Fills into the schedules what only the run knows; the plan's steps count from ``start_step``."""
         self.schedules = [schedule.bind(plan) for schedule in self._settings.decays]
 
-    def counters(self) -> dict[str, int]:
-        """All counters, by name."""
-        return {name: getattr(self, name) for name in COUNTERS}
-
-    def resume(self, state: dict[str, Any], histories: list[History]) -> None:
+    def resume(self, state: AverageState) -> None:
         """Takes counters over from a state, after the averages; the start too, unless it is yet to come and changed."""
-        self.histories = histories
-        same_start = state["config"].get("start_step") == self._settings.start_step
-        for name in COUNTERS:
-            setattr(self, name, state[name])
-        if not state["started"]:
+        self.num_steps, self.num_updates, self.num_skipped = state.num_steps, state.num_updates, state.num_skipped
+        self.last_update_step, self.start_step = state.last_update_step, state.start_step
+        self.histories = list(state.histories)
+        if not state.started:
+            same_start = state.config.get("start_step") == self._settings.start_step
             self.start_at(self.start_step if same_start else self._settings.start_step)
 
     @property

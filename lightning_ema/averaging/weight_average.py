@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from lightning_ema.averaging.pair import Pair
 from lightning_ema.averaging.report import Facts, report
 from lightning_ema.averaging.settings import Buffers, DecayPer, OnNonfinite, Settings
+from lightning_ema.averaging.state_dict import gather, take_up
 from lightning_ema.averaging.swap import Loan, missing
 from lightning_ema.averaging.tracker import Course
-from lightning_ema.checkpoint.state import FORMAT, check_state
+from lightning_ema.checkpoint.entry import AverageState, read, write
 from lightning_ema.checks import check_flag
 from lightning_ema.distributed.dtensor import Groups, is_sharded, local, sum_across
-from lightning_ema.distributed.partition import Reconcile, is_first, processes
+from lightning_ema.distributed.partition import Reconcile, processes
 from lightning_ema.modules.named_tensors import Survey
 from lightning_ema.ops.lerp import corrected, ratio, sampled_norms, squared_norms
 from lightning_ema.ops.step_hooks import as_before_step
@@ -546,42 +547,15 @@ class WeightAverage:
         return replace(made_of, mean=made_of.mean + self.num_steps - self.last_update_step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters, settings and the averages by name: plain numbers, strings and tensors.
+        """Counters, settings and the averages by name: plain numbers, strings, lists and tensors.
 
         The tensors are the averages' own, not copies; they load under ``torch.load(weights_only=True)``. With
         ``shard=True`` they are gathered, all processes must call this, and only the first one is given them.
 
         Returns:
-            ``average`` is that of the first decay, ``others`` are those of the further ones; ``origin`` holds the
-            live parameters at the start, and ``biases`` their share, where a schedule corrects for them.
+            The keys of :class:`lightning_ema.checkpoint.entry.AverageState`.
         """
-        if self.loan is None and not self.delivered:
-            self._course.pairing.refresh_if_stale()
-        pairs = self._course.pairing.pairs()
-        first, *others = [average._stored() for average in self.averages]
-        return {
-            "format": FORMAT,
-            **self._course.counters(),
-            "started": self.started,
-            "config": self.settings.describe(),
-            "average": first,
-            "others": others,
-            "histories": [average.history.state_dict() for average in self.averages],
-            "biases": [average.bias for average in self.averages],
-            "origin": self._kept_by_first((pair, pair.origin) for pair in pairs if pair.origin is not None),
-        }
-
-    def _stored(self) -> dict[str, Tensor]:
-        if not self.started:
-            return {}
-        if self.schedule.corrects or self.processes > 1:
-            pairs = self._course.pairing.pairs()
-            return self._kept_by_first((pair, pair.averages[self._place]) for pair in pairs)
-        return dict(self.named_tensors())
-
-    def _kept_by_first(self, parts: Iterable[tuple[Pair, Tensor]]) -> dict[str, Tensor]:
-        whole = ((pair.name, self._whole(pair, part)) for pair, part in parts)  # one at a time
-        return dict(whole) if self.processes == 1 else {name: t for name, t in whole if is_first()}
+        return write(gather(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up a state written by :meth:`state_dict`. Nothing is changed where it does not fit.
@@ -589,37 +563,11 @@ class WeightAverage:
         Tensors that the module has but that do not take part yet (layers still to be unfrozen) join.
 
         Raises:
-            ValueError: a newer format, another number of decays, or tensors that are missing, unknown or of another
-                shape: all are listed.
+            ValueError: another format, a damaged state, another number of decays, or tensors that are missing, unknown
+                or of another shape or kind: all are listed.
             RuntimeError: during a loan, or this is a further one of several averages.
         """
-        self._course.refuse_during_loan("load_state_dict")
-        if self._place > 0:
-            raise RuntimeError(
-                "load_state_dict() of a further one of several averages, which share one state. Call it on the first "
-                "of them, with a state that the first of them gave."
-            )
-        check_state(state)
-        known = state.get("histories") if state["started"] else None  # none in files of earlier versions
-        histories = [History.from_state_dict(one) for one in known or [None] * len(self.averages)]
-        averages = [state["average"], *state.get("others", ())]
-        if state["started"] and len(averages) != len(self.averages):
-            raise ValueError(
-                f"the state is of decay={state['config'].get('decay')}, {len(averages)} in all; asked for is "
-                f"decay={self.settings.describe()['decay']}, {len(self.averages)} in all. Give as many as it holds."
-            )
-        correcting = [repr(schedule) for schedule in self.settings.decays if schedule.corrects]
-        if state["started"] and correcting and not state.get("origin"):
-            raise ValueError(
-                f"the state was written without {correcting[0]} and does not hold the weights at the start, which that "
-                f"needs. Go on with decay={state['config'].get('decay')}, or begin a new run."
-            )
-        if state["started"]:
-            begin = state["config"].get("buffers") != self.settings.buffers
-            self._course.pairing.load(averages, state.get("origin", {}), buffers_begin=begin)
-        else:
-            self._course.pairing.forget()
-        self._course.resume(state, histories)
+        take_up(self, read(state, AverageState))
 
 
 def _check_target(into: nn.Module, module: nn.Module, settings: Settings, shard: bool) -> None:

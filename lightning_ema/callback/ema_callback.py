@@ -380,7 +380,7 @@ class EMACallback(Callback):
         trainer = facts.trainer_of(self._custody.average.module)
         if trainer is not None:
             self._meet(trainer)
-        return {**self._custody.entry(), "config": self._config(), "pace": list(self._pace)}
+        return checkpoints.write(replace(self._custody.entry(), config=self._config(), pace=self._pace))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self.average is not None and self.average.module is not pl_module:
@@ -396,9 +396,11 @@ class EMACallback(Callback):
             sharded_files.check(trainer, checkpoint, checkpoint.get("callbacks", {}).get(self.state_key))
             return
         self._forget()
-        entry, foreign = checkpoints.find(checkpoint, self.state_key), checkpoints.foreign(checkpoint)
-        if entry is not None:
-            sharded_files.fetch(trainer, pl_module, checkpoint, entry)
+        stored, foreign = checkpoints.find(checkpoint, self.state_key), checkpoints.foreign(checkpoint)
+        entry = None
+        if stored is not None:
+            sharded_files.fetch(trainer, pl_module, checkpoint, stored)
+            entry = checkpoints.read(stored, checkpoints.CallbackEntry)
         if entry is None and foreign is None:
             self._say("the checkpoint holds no average; it starts from its weights.")
             if not self._steps.held:
@@ -406,10 +408,10 @@ class EMACallback(Callback):
         custody = self._new_custody(trainer, pl_module)
         if entry is not None:
             custody.resume(entry, chooses=self.scoring.select is not None)
-            self._pace = facts.Pace(*entry.get("pace", ()))
-            if entry["config"].get("switch_every") != self._config()["switch_every"]:
+            self._pace = facts.Pace(*entry.pace)
+            if entry.config.get("switch_every") != self._config()["switch_every"]:
                 custody.switched = None  # it counts epochs, or other steps
-            if changed := checkpoints.changes(entry, self._config()):
+            if changed := checkpoints.changes(entry.config, self._config()):
                 self._warn(other_settings(changed))
             self._say(resumed(custody.average.num_steps, custody.average.num_updates))
         elif foreign is not None:
@@ -437,13 +439,14 @@ class EMACallback(Callback):
                 own(checkpoint)
                 if entry is not None:
                     not_held = custody.average.not_held_by(checkpoint.get("state_dict", {}))
-                    missing = [name for name in not_held if name not in entry["average"]]
+                    missing = checkpoints.lacking(entry, not_held)
                 if "state_dict" in checkpoint:
                     checkpoint["state_dict"] = custody.lasting(checkpoint["state_dict"])
             if entry is not None:  # not from inside the loan, in which averages may lie in the module's own storage
                 names = sharded_files.agreed(trainer, custody.average, missing)
                 if names:
-                    entry["average"].update((n, tensor) for n, tensor in custody.average.named_tensors() if n in names)
+                    averages = {n: tensor for n, tensor in custody.average.named_tensors() if n in names}
+                    checkpoints.add_averages(entry, averages)
         if entry is not None and custody.average.sharded:
             sharded_files.store(trainer, checkpoint, entry)
 

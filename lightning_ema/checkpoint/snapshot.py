@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ema.averaging.weight_average import WeightAverage
 from lightning_ema.distributed.dtensor import gathered
 from lightning_ema.modules.named_tensors import Survey, memory_of, without_wrappers
 from lightning_ema.schedules.history import History, Stretch
 
 FORMAT = 1
 """The format that is written, and the only one that is read so far."""
+
+# the keys of a file, of each of its averages, and of the record of an average's updates
+_FORMAT, _RUN, _STEP, _START_STEP = "format", "run", "step", "start_step"
+_AVERAGES, _ENTRIES, _REST = "averages", "entries", "rest"
+_CONFIG, _STRETCHES, _TENSORS = "config", "stretches", "tensors"
 
 
 @dataclass(frozen=True)
@@ -72,36 +76,56 @@ class Snapshot:
     entries: tuple[Entry, ...]
 
 
-def pack(averages: Sequence[WeightAverage], keep: bool = True) -> dict[str, Any]:
+@dataclass(frozen=True, eq=False)
+class Averaged:
+    """An average that goes into a snapshot.
+
+    Attributes:
+        config: its settings, as text.
+        history: its updates.
+        tensors: the average by name. They are asked for one at a time, and once.
+    """
+
+    config: Mapping[str, str | int | bool]
+    history: History
+    tensors: Iterable[tuple[str, Tensor]]
+
+
+def pack(
+    module: nn.Module, names: Set[str], step: int, start_step: int, averages: Sequence[Averaged], keep: bool = True
+) -> dict[str, Any]:
     """The content of a snapshot of averages of one module.
 
     Where weights or averages are spread over processes all must call it: each tensor is gathered in its turn.
 
     Args:
-        averages: of one module.
+        module: the module.
+        names: of what is averaged.
+        step: of the last update.
+        start_step: at which the averages started.
+        averages: at least one.
         keep: whether this process is to have the tensors; without it they are empty.
 
     Raises:
         ValueError: the module's ``state_dict`` renames and converts what is averaged, so that it cannot be told apart.
     """
-    first = averages[0]
-    tensors = {key: value for key, value in first.module.state_dict().items() if isinstance(value, Tensor)}
-    entries = _entries(first.module, {name for name, _ in first.named_live()}, tensors)
+    tensors = {key: value for key, value in module.state_dict().items() if isinstance(value, Tensor)}
+    entries = _entries(module, names, tensors)
     return {
-        "format": FORMAT,
-        "run": first.history.run,
-        "step": first.last_update_step,
-        "start_step": first.start_step,
-        "averages": [
+        _FORMAT: FORMAT,
+        _RUN: averages[0].history.run,
+        _STEP: step,
+        _START_STEP: start_step,
+        _AVERAGES: [
             {
-                "config": average.settings.describe(),
-                "stretches": average.history.state_dict()["stretches"],
-                "tensors": {name: _alone(tensor, keep) for name, tensor in average.named_tensors()},
+                _CONFIG: dict(average.config),
+                _STRETCHES: average.history.state_dict()[_STRETCHES],
+                _TENSORS: {name: _alone(tensor, keep) for name, tensor in average.tensors},
             }
             for average in averages
         ],
-        "entries": [[entry.key, entry.name, str(entry.dtype).removeprefix("torch.")] for entry in entries],
-        "rest": {entry.key: _alone(tensors[entry.key], keep) for entry in entries if not entry.name},
+        _ENTRIES: [[entry.key, entry.name, str(entry.dtype).removeprefix("torch.")] for entry in entries],
+        _REST: {entry.key: _alone(tensors[entry.key], keep) for entry in entries if not entry.name},
     }
 
 
@@ -126,9 +150,9 @@ def load(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
         raise ValueError(f"{path} is damaged, or no snapshot ({error}). Leave it out or delete it.") from error
-    if not isinstance(content, dict) or "averages" not in content or "entries" not in content:
+    if not isinstance(content, dict) or _AVERAGES not in content or _ENTRIES not in content:
         raise ValueError(f"{path} is no snapshot of averages. Give files that Snapshots wrote.")
-    if content.get("format") != FORMAT:
+    if content.get(_FORMAT) != FORMAT:
         raise ValueError(
             f"{path} has format {content.get('format')!r}; this version of lightning_ema reads format {FORMAT}. Update "
             "lightning_ema to read files that a newer one wrote."
@@ -144,29 +168,39 @@ def read(path: Path) -> Snapshot:
     """
     content = load(path)
     try:
-        averages = content["averages"]
-        kept = {"run": content["run"], "snapshots": []}
-        histories = [History.from_state_dict({**kept, "stretches": average["stretches"]}) for average in averages]
-        tensors: dict[str, Tensor] = {**content["rest"], **averages[0]["tensors"]}
-        entries = tuple(Entry(key, name, _dtype(dtype)) for key, name, dtype in content["entries"])
+        averages = content[_AVERAGES]
+        kept = {**History().state_dict(), _RUN: content[_RUN]}
+        histories = [History.from_state_dict({**kept, _STRETCHES: average[_STRETCHES]}) for average in averages]
+        tensors: dict[str, Tensor] = {**content[_REST], **averages[0][_TENSORS]}
+        entries = tuple(Entry(key, name, _dtype(dtype)) for key, name, dtype in content[_ENTRIES])
         needed = {entry.name for entry in entries if entry.name}
-        if any(not needed <= average["tensors"].keys() for average in averages):
+        if any(not needed <= average[_TENSORS].keys() for average in averages):
             raise ValueError("tensors of an average are missing")
-        if any(entry.key not in content["rest"] for entry in entries if not entry.name):
+        if any(entry.key not in content[_REST] for entry in entries if not entry.name):
             raise ValueError("tensors that are not averaged are missing")
         return Snapshot(
             path=path,
-            run=content["run"],
-            step=int(content["step"]),
-            start_step=int(content["start_step"]),
+            run=content[_RUN],
+            step=int(content[_STEP]),
+            start_step=int(content[_START_STEP]),
             histories=tuple(tuple(history.stretches) for history in histories),
-            config=averages[0]["config"],
+            config=averages[0][_CONFIG],
             shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
-            precision=max(torch.finfo(tensor.dtype).eps for a in averages for tensor in a["tensors"].values()),
+            precision=max(torch.finfo(tensor.dtype).eps for a in averages for tensor in a[_TENSORS].values()),
             entries=entries,
         )
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error!r}). Leave it out or delete it.") from error
+
+
+def tensors_of(path: Path) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    """The tensors in a snapshot file: of each average by name, and what is not averaged by key.
+
+    Raises:
+        ValueError: as :func:`load`.
+    """
+    content = load(path)
+    return [average[_TENSORS] for average in content[_AVERAGES]], content[_REST]
 
 
 def _entries(module: nn.Module, averages: Set[str], tensors: Mapping[str, Tensor]) -> list[Entry]:

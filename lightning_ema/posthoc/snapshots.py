@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lightning_ema.averaging.weight_average import WeightAverage
 from lightning_ema.checkpoint import snapshot as snapshot_file
@@ -95,7 +96,7 @@ def write(snapshots: Snapshots, averages: Sequence[WeightAverage]) -> Path | Non
     if not first.history.run:
         _begin(averages)
     writes, together = is_first(), first.sharded or first.processes > 1
-    content = snapshot_file.pack(averages, keep=writes) if writes or together else {}
+    content = _content(averages, keep=writes) if writes or together else {}
     if not writes:
         return None
     path = _path(directory, first.history.run, first.last_update_step)
@@ -110,6 +111,13 @@ def write(snapshots: Snapshots, averages: Sequence[WeightAverage]) -> Path | Non
             _path(directory, first.history.run, step).unlink(missing_ok=True)
     first.history.snapshots = kept
     return path
+
+
+def _content(averages: Sequence[WeightAverage], keep: bool) -> dict[str, Any]:
+    first = averages[0]
+    names = {name for name, _ in first.named_live()}
+    packed = [snapshot_file.Averaged(a.settings.describe(), a.history, a.named_tensors()) for a in averages]
+    return snapshot_file.pack(first.module, names, first.last_update_step, first.start_step, packed, keep)
 
 
 def discard_future(snapshots: Snapshots, averages: Sequence[WeightAverage]) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from dataclasses import fields
 from numbers import Integral, Real
 
@@ -43,6 +44,15 @@ SCHEDULES: dict[str, type[Schedule]] = {
     )
 }
 """Every schedule of this package, by name, in the order of the documentation."""
+
+
+def as_whole(text: str) -> str:
+    """A text in which numbers that are whole are written without ``.0``, so that equal settings read the same.
+
+    >>> as_whole("Then(1.0, at=3, second=HalfLife(epochs=10.05))")
+    'Then(1, at=3, second=HalfLife(epochs=10.05))'
+    """
+    return re.sub(r"\b(\d+)\.0\b(?!\.)", r"\1", text)
 
 
 def write_schedule(schedule: Schedule) -> str:

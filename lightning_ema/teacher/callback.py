@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_ema.averaging.state_dict import gather, take_up
 from lightning_ema.averaging.weight_average import WeightAverage
 from lightning_ema.callback.messages import other_settings
-from lightning_ema.checkpoint.entry import changes
+from lightning_ema.checkpoint.entry import RunEntry, changes, read, write
 from lightning_ema.modules.batchnorm import statistics_of
 from lightning_ema.modules.named_tensors import Survey
 from lightning_ema.schedules.basic import Plan
@@ -25,7 +27,6 @@ from lightning_ema.trainer import facts
 from lightning_ema.trainer.step_counter import StepCounter
 
 _NOT_STARTED = sys.maxsize
-_OF_TENSORS = ("average", "others", "origin")
 
 
 @facts.known_to_pytorch_lightning
@@ -37,7 +38,7 @@ class TeacherCallback(Callback):
 
     def __init__(self) -> None:
         self._average: WeightAverage | None = None
-        self._loaded: dict[str, Any] | None = None
+        self._loaded: RunEntry | None = None
         self._steps = StepCounter()
         self._steps_before = 0
         self._pace = facts.Pace()
@@ -63,7 +64,7 @@ class TeacherCallback(Callback):
         """Steps of the student since the start."""
         if self._average is not None:
             return self._average.num_steps
-        return 0 if self._loaded is None else int(self._loaded["num_steps"])
+        return 0 if self._loaded is None else self._loaded.num_steps
 
     # --- a fit ------------------------------------------------------------------------------------------------------
 
@@ -86,7 +87,7 @@ class TeacherCallback(Callback):
             self._loaded = None  # of a file that was only tested or validated
         begins = facts.begins(trainer) and self._loaded is None
         if not begins and self._loaded is None and self._average is not None and self._average.module is student:
-            self._loaded = self.state_dict()  # the teacher, its tensors or the settings may have been replaced
+            self._loaded = self._state()  # the teacher, its tensors or the settings may have been replaced
         average = self._pair(pl_module)
         if begins:
             average.start_at(0)
@@ -174,7 +175,7 @@ class TeacherCallback(Callback):
         student, teacher = networks(pl_module)
         if student is average.module and teacher is self._teacher and self._watched.holds():
             return average
-        self._loaded = self.state_dict()
+        self._loaded = self._state()
         average = self._pair(pl_module)
         self._go_on(average)
         if self._plan is not None:
@@ -209,33 +210,36 @@ class TeacherCallback(Callback):
         self.absorb()  # into tensors that the file's state_dict refers to
 
     def state_dict(self) -> dict[str, Any]:
+        state = self._state()
+        return {} if state is None else write(state)
+
+    def _state(self) -> RunEntry | None:
+        """Counters and settings; the tensors lie in the teacher."""
         self.absorb()
         if self._average is None:
-            return {} if self._loaded is None else self._loaded
+            return self._loaded
         with self._in_words_of_teacher_and_student(self._average):
-            everything = self._average.state_dict()
-        state = {name: value for name, value in everything.items() if name not in _OF_TENSORS}
-        names = [name for name, _ in self._average.named_tensors()]
-        return {**state, "names": names, "steps_before": self._steps_before, "pace": list(self._pace)}
+            state = replace(gather(self._average), average={})
+        return RunEntry(**vars(state), steps_before=self._steps_before, pace=self._pace)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._loaded = dict(state_dict) or None
+        self._loaded = read(state_dict, RunEntry) if state_dict else None
         if self._steps.held and self._average is not None:  # a tuner restores in the middle of a fit
             self._go_on(self._average)
 
     def _go_on(self, average: WeightAverage) -> None:
         """Goes on from the teacher's tensors as they are, with the counters of a file where there is one."""
-        state, self._loaded = self._loaded, None
-        if state is None:
-            names = [name for name, _ in average.named_tensors()]
-            state = {**average.state_dict(), "started": True, "start_step": 0, "names": names}
-        elif changed := changes(state, average.settings.describe()):
-            rank_zero_warn(f"MeanTeacher: {other_settings(changed)}")
-        self._steps_before = state.get("steps_before", 0)
-        self._pace = facts.Pace(*state.get("pace", ()))
-        tensors = Survey(self._teacher).tensors
-        stored = {name: tensors[name] for name in state["names"] if name in tensors}
-        average.load_state_dict({**state, "average": stored})
+        loaded, self._loaded = self._loaded, None
+        if loaded is None:
+            names = tuple(name for name, _ in average.named_tensors())
+            state = replace(gather(average), started=True, start_step=0, names=names)
+        else:
+            state = loaded
+            if changed := changes(state.config, average.settings.describe()):
+                rank_zero_warn(f"MeanTeacher: {other_settings(changed)}")
+        self._steps_before = 0 if loaded is None else loaded.steps_before
+        self._pace = facts.Pace() if loaded is None else facts.Pace(*loaded.pace)
+        take_up(average, state, Survey(self._teacher).tensors)
 
     def _report(self, average: WeightAverage) -> None:
         if average.num_updates > 0:
