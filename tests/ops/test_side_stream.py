@@ -143,7 +143,9 @@ def test_two_averages_wait_before_the_same_step(streams):
     assert [dict(average.named_tensors())["0"].tolist() for average in averages] == [[-0.25, -0.25], [-1.0, -1.0]]
 
 
-@pytest.mark.parametrize("act", [lambda other: other.apply(keep=True), WeightAverage.apply], ids=["keeping the live ones", "for good"])
+@pytest.mark.parametrize(
+    "act", [lambda other: other.apply(keep=True), WeightAverage.apply], ids=["keeping the live ones", "for good"]
+)
 def test_another_average_of_the_module_is_written_to_it_behind_the_update(streams, act):
     module = nn.ParameterList([weight(0.0)])
     other, average = WeightAverage(module), WeightAverage(module, Constant(0.5))
