@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-oldest test-peers lint docs docs-serve reproduce evidence bench bench-distributed gallery check-pins clean
+.PHONY: help setup demo test test-oldest test-peers lint docs docs-serve reproduce evidence bench bench-distributed \
+	gallery house check-pins clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -94,6 +95,9 @@ bench-distributed: setup  ## print what an average costs on each of 1, 2 and 4 p
 
 gallery: setup  ## draw the pictures of docs/how-to/schedule-gallery.md
 	@$(BIN)/python docs/gallery.py
+
+house:  ## draw the picture of docs/explanation/design.md: which folder imports which
+	@$(PYTHON) docs/house.py
 
 clean:  ## remove the virtual environments and what runs have written
 	rm -rf $(VENV) $(OLDEST) runs dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -32,7 +32,7 @@ def state_of(tracker: Tracker) -> dict[str, Any]:
     }
 
 
-def take_up(tracker: Tracker, state: dict[str, Any]) -> None:
+def resume_state(tracker: Tracker, state: dict[str, Any]) -> None:
     """Takes up a state made by :func:`state_of`. Nothing is changed where it does not fit.
 
     Raises:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_ema.averaging.report import facts_of, report
 from lightning_ema.averaging.settings import Buffers, OnNonfinite, Settings
-from lightning_ema.averaging.state_dict import state_of, take_up
+from lightning_ema.averaging.state_dict import resume_state, state_of
 from lightning_ema.averaging.tracker import Tracker
 from lightning_ema.checks import check_flag
 from lightning_ema.ops.step_hooks import as_before_step
@@ -279,7 +279,7 @@ class WeightAverage:
                 "load_state_dict() of a further one of several averages, which share one state. Call it on the first "
                 "of them, with a state that the first of them gave."
             )
-        take_up(self._tracker, state)
+        resume_state(self._tracker, state)
 
 
 def tracker_of(average: WeightAverage) -> Tracker:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_ema.callback.ema_callback import EMACallback, holder_of
 from lightning_ema.callback.holder import Holder
@@ -75,7 +75,13 @@ class SwitchEMA(Callback):
         return {"every": self._every, "switched": self._switched}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        same = state_dict.get("every") == self._every  # else it counts epochs, or other steps
+        before = state_dict.get("every")
+        if before != self._every:
+            rank_zero_warn(
+                f"SwitchEMA {self._name!r}: the checkpoint was written with other settings; those given now hold: "
+                f"every: {before} in the file, {self._every} now."
+            )
+        same = before == self._every  # else it counted epochs, or other steps
         self._switched = state_dict.get("switched") if same else None
 
     def _switch(self, trainer: Trainer, epochs: int) -> None:

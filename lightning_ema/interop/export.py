@@ -61,7 +61,7 @@ def export_average(
     if which > 0 and "recalibrated" in entry and entry["recalibrated"][which - 1]["at"] < 0:
         raise ValueError(
             f"BatchNorm statistics were estimated for the first average alone, not for that of place {which}. "
-            "others='evaluate' estimates them for all."
+            "evaluate='all' estimates them for all."
         )
     weights = averaged_state_dict(content, entry, which)
     return write_weights(weights, path, {"average": name, **_metadata(entry, which)})
@@ -191,7 +191,7 @@ def _entry_lines(content: Mapping[str, Any], entry: Mapping[str, Any], lives: Ma
     for place in range(1 + len(entry["others"])):
         told = [*_schedule_of(entry, place), *_told_of(content, entry, lives, place)]
         if live and place == entry.get("chosen", 0):
-            told.append(f"in state_dict{', chosen by a metric' if entry.get('choices') else ''}")
+            told.append(f"in state_dict{', selected by a metric' if entry.get('choices') else ''}")
         lines.append(f"place {place}: {'; '.join(told) or 'not started'}")
     return lines
 
@@ -200,7 +200,7 @@ def _schedule_of(entry: Mapping[str, Any], place: int) -> list[str]:
     """The schedule of one of an entry's averages, where it was updated and the file says under which."""
     histories = entry.get("histories")
     stretches = histories[place]["stretches"] if histories else []
-    with suppress(ValueError):  # a schedule of the user's own, which is shown as it is spelled
+    with suppress(ValueError):  # a schedule of the user's own, which is shown as it is written
         return [repr(read_schedule(stretch["decay"])) for stretch in stretches[-1:]]
     return [stretches[-1]["decay"]]
 

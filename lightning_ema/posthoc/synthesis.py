@@ -108,9 +108,9 @@ def synthesize(
 
 def put_together(combination: Combination) -> Synthesis:
     """Reads the snapshots and sums them up; refuses nothing."""
-    columns = zip(_columns(combination.found), combination.values.tolist(), strict=True)
+    columns = zip(_columns(combination.snapshots), combination.values.tolist(), strict=True)
     return Synthesis(
-        weights=_combined(combination.found, combination.values),
+        weights=_combined(combination.snapshots, combination.values),
         schedule=combination.schedule,
         step=combination.step,
         coefficients=tuple(Coefficient(snapshot.step, decay, value) for (snapshot, decay), value in columns),
@@ -118,19 +118,19 @@ def put_together(combination: Combination) -> Synthesis:
     )
 
 
-def _columns(found: Sequence[Snapshot]) -> list[tuple[Snapshot, str]]:
+def _columns(snapshots: Sequence[Snapshot]) -> list[tuple[Snapshot, str]]:
     """The snapshot and the schedule behind each coefficient."""
-    begun = [history[0].decay for history in found[-1].histories]
-    return [(s, h[-1].decay if h else begun[j]) for s in found for j, h in enumerate(s.histories)]
+    begun = [history[0].decay for history in snapshots[-1].histories]
+    return [(s, h[-1].decay if h else begun[j]) for s in snapshots for j, h in enumerate(s.histories)]
 
 
-def _combined(found: Sequence[Snapshot], values: Tensor) -> dict[str, Tensor]:
+def _combined(snapshots: Sequence[Snapshot], values: Tensor) -> dict[str, Tensor]:
     """Reads the files one after the other: memory for one model in float64 and one file."""
-    newest = found[-1]
+    newest = snapshots[-1]
     coefficients = iter(values.tolist())
     names = {entry.name for entry in newest.entries if entry.name}
     sums: dict[str, Tensor] = {}
-    for snapshot in found:
+    for snapshot in snapshots:
         content = load(snapshot.path)
         rest = {entry.name: entry.key for entry in newest.entries}
         for average in content["averages"]:

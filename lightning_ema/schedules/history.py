@@ -1,4 +1,4 @@
-"""When an average absorbed the live weights, and under which schedule: what its weight profile is computed from."""
+"""When an average was updated, and under which schedule: what its weight profile is computed from."""
 
 from __future__ import annotations
 

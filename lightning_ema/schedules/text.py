@@ -65,7 +65,7 @@ def write_schedule(schedule: Schedule) -> str:
 
 
 def read_schedule(text: str) -> Schedule:
-    """The schedule that the text spells; a bare number ``d`` spells ``Warmup(d)``.
+    """The schedule that the text stands for; a bare number ``d`` stands for ``Warmup(d)``.
 
     >>> read_schedule("Then(0.99, at=100, second=Warmup(0.999))").second
     Warmup(0.999)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_ema.averaging.report import facts_of, report
-from lightning_ema.averaging.state_dict import state_of, take_up
+from lightning_ema.averaging.state_dict import resume_state, state_of
 from lightning_ema.averaging.tracker import Tracker
 from lightning_ema.averaging.weight_average import WeightAverage, tracker_of
 from lightning_ema.checkpoint.entry import changes, other_settings
@@ -235,7 +235,7 @@ class TeacherCallback(Callback):
         self._clock.resume(state)
         tensors = Survey(self._teacher).tensors
         stored = {name: tensors[name] for name in state["names"] if name in tensors}
-        take_up(tracker, {**state, "average": stored})
+        resume_state(tracker, {**state, "average": stored})
 
     def _report(self, tracker: Tracker) -> None:
         if tracker.num_updates > 0:

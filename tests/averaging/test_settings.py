@@ -2,9 +2,20 @@ import warnings
 
 import pytest
 import torch
-from helpers import engine
+from helpers import engine, settings_of
 
-from lightning_ema import Constant, EMACallback, ExponentialAnnealing, HalfLife, PerUpdate, Then, Warmup, WeightAverage
+from lightning_ema import (
+    Constant,
+    EMACallback,
+    ExponentialAnnealing,
+    HalfLife,
+    PerUpdate,
+    Recalibrate,
+    Select,
+    Then,
+    Warmup,
+    WeightAverage,
+)
 from lightning_ema.averaging.settings import label
 
 BAD = [
@@ -46,11 +57,12 @@ def test_bad_arguments_are_refused_at_construction(make, arguments, error, messa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"evaluate": "ema"}, "evaluate is 'ema'; accepted are 'average', 'live', 'both'"),
+        ({"evaluate": "ema"}, "evaluate is 'ema'; accepted are 'average', 'live', 'both', 'all' and Select"),
         ({"after_fit": "both"}, "after_fit is 'both'; accepted are 'average', 'live'"),
         ({"start_epoch": -1}, "start_epoch is -1; it must be at least 0"),
-        ({"recalibrate_batches": 5}, "recalibrate_batches=5 needs buffers='recalibrate'"),
-        ({"recalibrate_batches": 0, "buffers": "recalibrate"}, "recalibrate_batches is 0; it must be at least 1"),
+        ({"start_epoch": 1.5}, "start_epoch is 1.5; it must be a whole number of epochs, or a share .* for instance 0.8"),
+        ({"start_epoch": -0.5}, "start_epoch is -0.5; it must be a whole number of epochs, or a share"),
+        ({"start_epoch": float("nan")}, "start_epoch is nan; it must be a whole number of epochs, or a share"),
         ({"name": ""}, "name is ''; it must be a word"),
     ],
 )
@@ -59,9 +71,28 @@ def test_the_callbacks_own_arguments(arguments, message):
         EMACallback(**arguments)
 
 
+def test_an_object_that_is_an_argument_checks_its_own():
+    with pytest.raises(ValueError, match="Recalibrate: batches is 0; it must be at least 1"):
+        Recalibrate(batches=0)
+    with pytest.raises(TypeError, match="Recalibrate: batches is 2.5; it must be a whole number"):
+        Recalibrate(batches=2.5)
+    with pytest.raises(ValueError, match="Select: mode is 'least'; accepted are 'min', 'max'"):
+        Select("val_loss", mode="least")
+    with pytest.raises(ValueError, match="Select: every is 0; it must be at least 1"):
+        Select("val_loss", every=0)
+    with pytest.raises(TypeError, match="Select: live is 'yes'; it must be True or False"):
+        Select("val_loss", live="yes")
+
+
+@pytest.mark.parametrize("gone", ["others", "select", "evaluate_every", "recalibrate_batches", "switch_every"])
+def test_what_is_said_by_an_object_now_is_no_argument_any_more(gone):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{gone}'"):
+        EMACallback(**{gone: None})
+
+
 def test_a_number_is_warmed_up_and_a_schedule_is_taken_as_it_is():
-    assert EMACallback(0.99).settings.decay == Warmup(0.99)
-    assert EMACallback(Constant(0.99)).settings.decay == Constant(0.99)
+    assert settings_of(EMACallback(0.99)).decay == Warmup(0.99)
+    assert settings_of(EMACallback(Constant(0.99))).decay == Constant(0.99)
 
 
 def test_an_interval_beyond_a_tenth_of_the_horizon_warns_with_what_would_fit():
@@ -72,7 +103,7 @@ def test_an_interval_beyond_a_tenth_of_the_horizon_warns_with_what_would_fit():
 
 
 @pytest.mark.parametrize(
-    ("decay", "every_n_steps"), [(0.99, 10), (0.9, 1), (Constant(1.0), 10**6), (PerUpdate(0.9), 10**6)]
+    ("decay", "every_n_steps"), [(0.99, 10), (0.9, 1), (Constant(1.0), 10**6), (PerUpdate(Warmup(0.9)), 10**6)]
 )
 def test_an_interval_within_a_tenth_of_the_horizon_does_not(decay, every_n_steps):
     with warnings.catch_warnings():
@@ -82,10 +113,8 @@ def test_an_interval_within_a_tenth_of_the_horizon_does_not(decay, every_n_steps
 
 def test_settings_come_back_from_their_own_arguments():
     average = WeightAverage(torch.nn.Linear(1, 1), 0.9, start_step=3, exclude=["bias"], dtype=torch.float64)
-    assert (
-        WeightAverage(engine(average).module, **engine(average).settings.as_arguments()).settings
-        == engine(average).settings
-    )
+    again = WeightAverage(engine(average).module, **engine(average).settings.as_arguments())
+    assert engine(again).settings == engine(average).settings
 
 
 @pytest.mark.parametrize(
@@ -108,6 +137,8 @@ def test_equal_schedules_have_one_name(one, other, name):
     assert label(one) == label(other) == name
 
 
-def test_the_engine_alone_has_no_batches_to_recalibrate_from():
-    with pytest.raises(ValueError, match=r"EMACallback takes from its Trainer.*buffers='copy'.*update_bn"):
-        WeightAverage(torch.nn.Linear(1, 1), buffers="recalibrate")
+@pytest.mark.parametrize("buffers", ["recalibrate", Recalibrate(batches=3)])
+def test_the_engine_alone_has_no_batches_to_recalibrate_from(buffers):
+    message = r"EMACallback takes from its Trainer.*buffers='copy'.*`with average\.swapped\(\):` call .*update_bn"
+    with pytest.raises(ValueError, match=message):
+        WeightAverage(torch.nn.Linear(1, 1), buffers=buffers)

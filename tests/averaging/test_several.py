@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import clones, engine, equal
+from helpers import clones, engine, equal, schedule_of
 from torch import nn
 
 from lightning_ema import Bema, Constant, Cosine, Equal, Power, Scaled, Then, WeightAverage
@@ -58,7 +58,7 @@ def test_each_average_follows_its_own_decay(dtype, every, start):
                 torch.testing.assert_close(value.float(), want, rtol=0, atol=5e-6, msg=f"{schedule} {step} {name}")
 
 
-def test_each_is_lent_and_comes_back():
+def test_each_is_swapped_in_and_out():
     net = network()
     first = WeightAverage(net, DECAYS)
     for _ in range(9):
@@ -67,24 +67,24 @@ def test_each_is_lent_and_comes_back():
     live, all_of_them = clones(net.state_dict()), [clones(each.named_tensors()) for each in first.averages]
     assert first.averages[0] is first
     for each, values in zip(first.averages, all_of_them, strict=True):
-        for carrying in ("lent", "delivered"):
-            if carrying == "lent":
-                loan = each.lend()
+        for carrying in ("swapped in", "applied"):
+            if carrying == "swapped in":
+                each.swap_in()
             else:
                 each.apply(keep=True)
             assert equal({name: net.state_dict()[name] for name in values}, values)
             for other, others in zip(first.averages, all_of_them, strict=True):
                 assert equal(other.named_tensors(), others)
                 assert equal(engine(other).named_live(), {name: live[name] for name in others})
-                if carrying == "lent":
-                    with pytest.raises(RuntimeError, match="Loans do not nest"):
-                        other.lend()
-            loan.recall() if carrying == "lent" else each.restore()
+                if carrying == "swapped in" and other is not each:
+                    with pytest.raises(RuntimeError, match=r"another one of the same tensors\. Call swap_out\(\)"):
+                        other.swap_in()
+            each.swap_out() if carrying == "swapped in" else each.restore()
             assert equal(net.state_dict(), live)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_each_is_lent_while_the_module_holds_another(dtype):
+def test_each_is_swapped_in_while_the_module_holds_another(dtype):
     net = network(dtype)
     first = WeightAverage(net, DECAYS)
     for _ in range(9):
@@ -98,8 +98,9 @@ def test_each_is_lent_while_the_module_holds_another(dtype):
             assert equal({name: net.state_dict()[name] for name in values}, {n: v.to(dtype) for n, v in values.items()})
             assert equal(engine(first).named_live(), {name: live[name] for name in values})
         assert equal(net.state_dict(), held)
-    with pytest.raises(RuntimeError, match=r"Write `with average\.lent\(\):`"):
-        first.averages[1].lend()
+    with pytest.raises(RuntimeError, match=r"apply\(keep=True\) while the module holds the average .* restore\(\)"):
+        first.averages[1].apply(keep=True)
+    assert equal(net.state_dict(), held)
     first.restore()
     assert equal(net.state_dict(), live)
 
@@ -262,11 +263,11 @@ def test_a_target_holds_one_average_as_it_is(decay):
 
 
 def test_what_the_run_knows_reaches_every_schedule():
-    from lightning_ema import Plan
+    from lightning_ema.schedules import Plan
 
     average = WeightAverage(network(), [Cosine(0.5, 1.0), 0.9, Cosine(0.9, 1.0)])
     engine(average).bind(Plan(total_steps=40))
-    assert [each.schedule for each in average.averages][::2] == [Cosine(0.5, 1.0, 40), Cosine(0.9, 1.0, 40)]
+    assert [schedule_of(each) for each in average.averages][::2] == [Cosine(0.5, 1.0, 40), Cosine(0.9, 1.0, 40)]
 
 
 def test_half_precision_casts_the_live_weights_once(count_allocations):

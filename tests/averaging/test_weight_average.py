@@ -7,7 +7,9 @@ import torch
 from helpers import engine
 from torch import nn
 
-from lightning_ema import Constant, Cosine, Equal, PerUpdate, Plan, Power, Then, Warmup, WeightAverage
+from lightning_ema import Constant, Cosine, Equal, PerUpdate, Power, Then, Warmup, WeightAverage
+from lightning_ema.averaging import tracked_tensors
+from lightning_ema.schedules import Plan
 
 
 class Numbers(nn.Module):
@@ -322,12 +324,11 @@ class TestAModuleThatChanges:
         assert dict(average.named_tensors())["a"].dtype == torch.float32
 
     def test_a_buffer_assigned_anew_does_not_mean_a_new_walk_over_the_module(self, monkeypatch):
-        from lightning_ema.averaging import pairing
 
         net = Numbers(a=0)
         net.register_buffer("center", torch.zeros(1))
         average = WeightAverage(net, Constant(0.5))
-        monkeypatch.setattr(pairing, "Survey", None)
+        monkeypatch.setattr(tracked_tensors, "Survey", None)
         net.center = torch.tensor([4.0])
         assert average.step()
 

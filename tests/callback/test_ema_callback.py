@@ -35,6 +35,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
 from lightning_ema import Constant, Cosine, EMACallback, HalfLife, Warmup
+from lightning_ema.averaging.tracker import Tracker
 from lightning_ema.callback.ema_callback import EMACallback as Implementation
 
 
@@ -269,10 +270,13 @@ class TestLogging:
 
     def test_decay_updates_and_distance_are_logged_when_lightning_logs(self, tmp_path, monkeypatch):
         distances = []
-        from lightning_ema import WeightAverage
+        distance = Tracker.distance
 
-        distance = WeightAverage.distance
-        monkeypatch.setattr(WeightAverage, "distance", lambda self: distances.append(distance(self)) or distances[-1])
+        def kept(self, place):
+            distances.append(distance(self, place))
+            return distances[-1]
+
+        monkeypatch.setattr(Tracker, "distance", kept)
         self.logged(tmp_path, EMACallback(Warmup(0.999)))
         rows = [line.split(",") for line in next(tmp_path.rglob("metrics.csv")).read_text().splitlines()]
         header = rows[0]
@@ -290,11 +294,14 @@ class TestLogging:
         assert {"ema/decay", "slow/decay", "ema/distance", "slow/updates"} <= set(this.logged_metrics)
 
     def test_without_a_logger_one_distance_is_measured_at_the_end(self, monkeypatch):
-        from lightning_ema import WeightAverage
-
         steps = []
-        distance = WeightAverage.distance
-        monkeypatch.setattr(WeightAverage, "distance", lambda self: steps.append(self.num_steps) or distance(self))
+        distance = Tracker.distance
+
+        def noted(self, place):
+            steps.append(self.num_steps)
+            return distance(self, place)
+
+        monkeypatch.setattr(Tracker, "distance", noted)
         fit(seeded(), ema(), log_every_n_steps=1)
         assert steps == [12]
 
@@ -352,9 +359,14 @@ class TestRefusals:
         with pytest.raises(ValueError, match="Frozen has nothing to average"):
             fit(seeded(Frozen), ema())
 
-    def test_two_that_would_both_lend(self):
-        with pytest.raises(ValueError, match=r"the EMACallbacks 'a', 'b' all evaluate their average.*evaluate='live'"):
-            fit(seeded(), ema(name="a"), ema(name="b"))
+    @pytest.mark.parametrize("tensors", [{}, {"include": ["net.0.*"]}], ids=["of the same patterns", "of a part"])
+    def test_two_that_would_both_evaluate(self, tensors):
+        message = (
+            r"the EMACallbacks 'a' and 'b' both evaluate an average of the same tensors, .*evaluate='live' in one of "
+            "them, or choose tensors apart by include"
+        )
+        with pytest.raises(ValueError, match=message):
+            fit(seeded(), ema(name="a"), ema(name="b", **tensors))
 
     @pytest.mark.parametrize("strategy", ["FSDPStrategy", "DeepSpeedStrategy"])
     def test_strategies(self, strategy, monkeypatch):
@@ -419,28 +431,28 @@ class TestRefusals:
 class TestSeveral:
     def test_followers_are_stored_beside_the_one_that_evaluates(self, tmp_path):
         make = lambda: (ema(), EMACallback(Constant(0.99), name="slow", evaluate="live", every_n_steps=2))  # noqa: E731
-        lender, follower = make()
+        evaluating, follower = make()
         whole = fit(
             seeded(),
-            lender,
+            evaluating,
             follower,
             ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}"),
             max_epochs=4,
             enable_checkpointing=True,
         )
         assert whole.global_step == 4 * BATCHES
-        lender2, follower2 = make()
-        fit(seeded(), lender2, follower2, max_epochs=4, ckpt_path=tmp_path / "epoch=1.ckpt")
-        for first, second in ((lender, lender2), (follower, follower2)):
+        evaluating2, follower2 = make()
+        fit(seeded(), evaluating2, follower2, max_epochs=4, ckpt_path=tmp_path / "epoch=1.ckpt")
+        for first, second in ((evaluating, evaluating2), (follower, follower2)):
             assert equal(first.average.named_tensors(), second.average.named_tensors())
             assert first.average.num_updates == second.average.num_updates
-        assert not equal(lender.average.named_tensors(), follower.average.named_tensors())
+        assert not equal(evaluating.average.named_tensors(), follower.average.named_tensors())
 
 
 class TestAcrossRuns:
     def test_the_callback_pickles_and_copies_before_and_after_a_fit(self):
         callback = ema(decay=Cosine(0.5, 1.0), include=["net.*"])
-        assert pickle.loads(pickle.dumps(callback)).settings == settings_of(callback)
+        assert settings_of(pickle.loads(pickle.dumps(callback))) == settings_of(callback)
         fit(seeded(), callback)
         assert equal(copy.deepcopy(callback).average.named_tensors(), callback.average.named_tensors())
 

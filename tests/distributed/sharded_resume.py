@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+from helpers import engine
 from sharded import (
     Sharded,
     averaging,

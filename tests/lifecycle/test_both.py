@@ -1,6 +1,7 @@
-"""evaluate="both" and others="evaluate": a pass of its own for each further set of weights, beside the usual one."""
+"""evaluate="both" and evaluate="all": a pass of its own for each further set of weights, beside the usual one."""
 
 import csv
+import itertools
 import re
 
 import pytest
@@ -11,7 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torchmetrics import MeanMetric
 
-from lightning_ema import Bema, Constant, EMACallback
+from lightning_ema import Bema, Constant, EMACallback, Recalibrate, Select
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -55,9 +56,7 @@ class Weights(Callback):
 @pytest.mark.parametrize("buffers", ["average", "copy"])
 def test_every_set_of_weights_has_its_own_score(decay, buffers):
     several = isinstance(decay, list)
-    callback = EMACallback(
-        decay, evaluate="both", others="evaluate" if several else "follow", buffers=buffers, after_fit="live"
-    )
+    callback = EMACallback(decay, evaluate="all" if several else "both", buffers=buffers, after_fit="live")
     module, weights = seeded(Measured), Weights()
     logged = fit(module, callback, weights).callback_metrics
     words = {"/ema_Constant_0.5": 1, "/ema_Bema": 2} if several else {}
@@ -158,9 +157,8 @@ def test_recalibrated_statistics_belong_to_each_average():
             super().validation_step(batch, batch_idx)
 
     callback = EMACallback(
-        [Constant(0.9), Constant(0.5)], others="evaluate", evaluate="both", buffers="recalibrate",
-        recalibrate_batches=3, after_fit="live",
-    )  # fmt: skip
+        [Constant(0.9), Constant(0.5)], evaluate="all", buffers=Recalibrate(batches=3), after_fit="live"
+    )
     module = seeded(Sees)
     fit(module, callback, max_epochs=1, num_sanity_val_steps=0)
     assert len(seen) == 3  # the average, the live weights, the other average
@@ -192,27 +190,32 @@ class Counts(Regression):
         self.log("batches", self.batches.clone())
 
 
-def test_the_first_pass_finds_again_what_it_wrote_to_buffers_on_loan():
+def test_the_first_pass_finds_again_what_it_wrote_to_buffers_that_are_swapped_in():
     logged = fit(seeded(Counts), ema(evaluate="both")).callback_metrics
     assert logged["batches"] == logged["batches_live"] == 2
 
 
+PASSES = itertools.count(1)
+
+
 class Raises(Regression):
-    """Fails in a pass after the first."""
+    """Fails in a pass after the first. What a module counts itself is put back before each further pass."""
 
     def on_validation_epoch_start(self):
-        self.passes = getattr(self, "passes", 0) + 1
+        self.fails = next(PASSES) == self.failing
 
     def validation_step(self, batch, batch_idx):
-        if self.passes == 2:
+        if self.fails:
             raise ArithmeticError
         super().validation_step(batch, batch_idx)
 
 
-@pytest.mark.parametrize("others", ["follow", "evaluate"])
-def test_an_error_in_a_further_pass_leaves_the_live_weights(others):
+@pytest.mark.parametrize("failing", [2, 3], ids=["of the live weights", "of a further average"])
+def test_an_error_in_a_further_pass_leaves_the_live_weights(failing, monkeypatch):
     module, weights = seeded(Raises), Weights()
-    callback = EMACallback([0.9, 0.5], evaluate="both" if others == "follow" else "average", others=others)
+    module.failing = failing
+    monkeypatch.setitem(globals(), "PASSES", itertools.count(1))
+    callback = EMACallback([0.9, 0.5], evaluate="both" if failing == 2 else "all")
     with pytest.raises(ArithmeticError):
         fit(module, callback, weights, num_sanity_val_steps=0)
     assert equal(module.state_dict(), weights.live)
@@ -231,7 +234,7 @@ class SavesInside(Regression):
 def test_a_file_written_in_any_pass_holds_the_first_average_and_the_live_weights(tmp_path):
     module = seeded(SavesInside)
     module.folder = tmp_path
-    callback = EMACallback([0.9, Constant(0.5)], evaluate="both", others="evaluate")
+    callback = EMACallback([0.9, Constant(0.5)], evaluate="all")
     fit(module, callback, max_epochs=1, num_sanity_val_steps=0)
     files = [torch.load(tmp_path / f"{count}.ckpt", weights_only=False) for count in range(6)]  # 3 passes, 2 batches
     for file in files[1:]:
@@ -242,41 +245,39 @@ def test_a_file_written_in_any_pass_holds_the_first_average_and_the_live_weights
 
 
 def test_what_does_not_go_together_is_refused():
-    with pytest.raises(ValueError, match="others='evaluate' beside evaluate='live': write evaluate='both'"):
-        EMACallback([0.9, 0.99], evaluate="live", others="evaluate")
-    with pytest.raises(ValueError, match="all evaluate their average"):
+    with pytest.raises(ValueError, match="'a' and 'b' both evaluate an average of the same tensors"):
         fit(seeded(), EMACallback(name="a", evaluate="both"), EMACallback(name="b"))
 
 
 def test_until_the_first_update_the_others_are_the_live_weights_too():
-    callback = EMACallback([0.9, Constant(0.5)], others="evaluate", evaluate="both", every_n_steps=100)
+    callback = EMACallback([0.9, Constant(0.5)], evaluate="all", every_n_steps=100)
     metrics = fit(seeded(Measured), callback).callback_metrics
     assert metrics["val_loss"] == metrics["val_loss_live"] == metrics["val_loss/ema_Constant_0.5"]
 
 
-OTHERS = {"decay": [0.9, Constant(0.5)], "others": "evaluate"}
-SELECTING = {"decay": [0.9, Constant(0.5)], "select": "val_loss"}
+ALL = {"decay": [0.9, Constant(0.5)], "evaluate": "all"}
+SELECTING = {"decay": [0.9, Constant(0.5)], "evaluate": Select("val_loss")}
 
 
 @pytest.mark.parametrize(
     ("arguments", "monitor", "told"),
     [
         (
-            OTHERS,
+            ALL,
             "val_loss/ema_Constant_0.5",
             "the first average, .* Monitor 'val_loss', and put that decay",
         ),
-        (OTHERS, "val_mean/ema_Constant_0.5", "let select='val_mean', mode='max' choose"),
+        (ALL, "val_mean/ema_Constant_0.5", "let evaluate=Select\\('val_mean', mode='max'\\) choose"),
         (
             SELECTING,
             "val_loss/ema_0.9",
-            "the average that is chosen, .* Monitor 'val_loss', the score",
+            "the average that is selected, .* Monitor 'val_loss', the score",
         ),
         ({"evaluate": "both"}, "val_loss_live", "holds the average, .* Monitor 'val_loss', or write evaluate='live'"),
-        (OTHERS, "val_loss", None),
+        (ALL, "val_loss", None),
         (SELECTING, "val_loss", None),
         ({"evaluate": "both"}, "val_loss", None),
-        (OTHERS, None, None),
+        (ALL, None, None),
     ],
 )
 def test_files_kept_by_the_score_of_weights_that_they_do_not_hold(arguments, monitor, told, tmp_path, recwarn):
@@ -289,7 +290,7 @@ def test_files_kept_by_the_score_of_weights_that_they_do_not_hold(arguments, mon
     assert [bool(re.search(f"EMACallback 'ema': .*monitors '{monitor}', .*{told}", text)) for text in said] == (
         [True] if told else []
     )
-    if arguments is OTHERS and told:  # which is true
+    if arguments is ALL and told:  # which is true
         held = torch.load(keeps.best_model_path)["state_dict"]
         first = score(Measured(), held)[monitor.partition("/")[0]]
         assert abs(first - float(keeps.best_model_score)) > 1e-4
@@ -297,7 +298,7 @@ def test_files_kept_by_the_score_of_weights_that_they_do_not_hold(arguments, mon
 
 def test_of_several_loaders_too(tmp_path, recwarn):
     keeps = ModelCheckpoint(tmp_path, monitor="val_loss/ema_Constant_0.5/dataloader_idx_1")
-    this = trainer(EMACallback(**OTHERS), keeps, max_epochs=1, enable_checkpointing=True)
+    this = trainer(EMACallback(**ALL), keeps, max_epochs=1, enable_checkpointing=True)
 
     class Two(Regression):
         def validation_step(self, batch, batch_idx, dataloader_idx=0):

@@ -1,4 +1,4 @@
-"""buffers="recalibrate": statistics that belong to the averaged weights, in evaluations and files, and nowhere else."""
+"""buffers=Recalibrate(...): statistics that belong to the averaged weights, in evaluations and files, and nowhere else."""
 
 import pytest
 import torch
@@ -6,6 +6,8 @@ from helpers import BATCHES, Regression, clones, ema, engine, equal, fit, loader
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, RandomSampler
+
+from lightning_ema import Recalibrate
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -16,7 +18,7 @@ class Network(Regression):
 
 
 def recalibrating(**kwargs):
-    return ema(buffers="recalibrate", recalibrate_batches=3, **kwargs)
+    return ema(buffers=Recalibrate(batches=3), **kwargs)
 
 
 def by_hand(weights):

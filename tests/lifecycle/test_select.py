@@ -1,4 +1,4 @@
-"""One of several averages is chosen in each validation, by scores that are worked out here in trainers of their own."""
+"""One of several averages is selected in each validation, by scores that are worked out here in trainers of their own."""
 
 import copy
 import logging
@@ -12,8 +12,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_ema import Bema, Constant, PerUpdate, Schedule, Warmup, export_average
-from lightning_ema.evaluation.passes import chosen
+from lightning_ema import Bema, Constant, PerUpdate, Recalibrate, Schedule, Select, SwitchEMA, Warmup, export_average
+from lightning_ema.evaluation.passes import said_of
 from lightning_ema.evaluation.selection import best_of
 from lightning_ema.interop.export import describe
 
@@ -21,8 +21,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 NAMES = ["Constant_0.2", "Constant_0.8"]
 
 
-def selecting(**kwargs):
-    return EMACallback([Constant(0.2), Constant(0.8)], **{"select": "val_loss", **kwargs})
+def selecting(metric="val_loss", mode="min", every=1, live=False, **kwargs):
+    select = Select(metric, mode=mode, every=every, live=live)
+    return EMACallback([Constant(0.2), Constant(0.8)], evaluate=select, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def judged(callback, *others, epochs=4, module=None, **kwargs):
     return this, module, judge
 
 
-def test_the_best_is_chosen_logged_saved_and_delivered(tmp_path, caplog):
+def test_the_best_is_selected_logged_saved_and_applied(tmp_path, caplog):
     callback = selecting()
     saving = ModelCheckpoint(tmp_path, filename="{epoch}", monitor="val_loss", save_top_k=-1)
     with caplog.at_level(logging.INFO):
@@ -80,26 +81,26 @@ def test_the_best_is_chosen_logged_saved_and_delivered(tmp_path, caplog):
         assert [logged[f"val_loss/ema_{name}"] for name in NAMES] == pytest.approx(scores, rel=1e-5)
         assert logged["val_loss"] == pytest.approx(min(scores), rel=1e-5)
         file = torch.load(tmp_path / f"epoch={epoch}.ckpt", weights_only=True)
-        chosen = judge.weights[epoch][winner]
-        assert all(torch.equal(file["state_dict"][name], value) for name, value in chosen.items())
+        selected = judge.weights[epoch][winner]
+        assert all(torch.equal(file["state_dict"][name], value) for name, value in selected.items())
         for which, place in ((None, winner), (0, 0), (1, 1)):
             weights = torch.load(export_average(file, tmp_path / "weights.pt", which=which))
             expected = judge.weights[epoch][place]
             assert all(torch.equal(weights[name], value) for name, value in expected.items())
     assert all(torch.equal(module.state_dict()[name], value) for name, value in judge.weights[-1][winners[-1]].items())
-    said = [record.message for record in caplog.records if "is chosen" in record.message]
+    said = [record.message for record in caplog.records if "is selected" in record.message]
     assert len(said) == len(winners)
-    assert f"by val_loss the decay {NAMES[winners[-1]]} is chosen" in said[-1]
-    at_the_end = [message for message in caplog.messages if "chosen last" in message]
+    assert f"by val_loss the decay {NAMES[winners[-1]]} is selected" in said[-1]
+    at_the_end = [message for message in caplog.messages if "selected last" in message]
     assert at_the_end == [
-        f"EMACallback 'ema': chosen last by val_loss: the decay {NAMES[winners[-1]]} (place {winners[-1]}, counted "
+        f"EMACallback 'ema': selected last by val_loss: the decay {NAMES[winners[-1]]} (place {winners[-1]}, counted "
         "from 0). Evaluations, files saved from here on and the module have it; a checkpoint saved before has the one "
-        "that was chosen then."
+        "that was selected then."
     ]
 
 
 def test_inspecting_has_a_line_for_each_average_and_says_which_is_in_state_dict(tmp_path):
-    this, _, judge = judged(selecting(select="score"), epochs=1)  # the smallest score is the worst
+    this, _, judge = judged(selecting("score"), epochs=1)  # the smallest score is the worst
     this.save_checkpoint(tmp_path / "file.ckpt")
     live = torch.load(tmp_path / "file.ckpt", weights_only=True)["callbacks"]["EMACallback{'name': 'ema'}"]["live"]
     lines = [line.strip() for line in describe(tmp_path / "file.ckpt").splitlines()]
@@ -111,7 +112,7 @@ def test_inspecting_has_a_line_for_each_average_and_says_which_is_in_state_dict(
             f"place {place}: Constant({name}); decay in force: {name}, a horizon of {horizon} steps; distance between "
             f"live weights and average: {distance:.4g} of the live weights' norm"
         )
-        assert places[place] == expected + ("; in state_dict, chosen by a metric" if place == 1 else "")
+        assert places[place] == expected + ("; in state_dict, selected by a metric" if place == 1 else "")
     assert len([line for line in lines if "distance" in line]) == 2
 
 
@@ -133,12 +134,12 @@ def test_inspecting_several_that_no_metric_chooses_among(settings, marked, tmp_p
 
 
 def test_averages_that_the_warm_up_still_makes_the_same_are_said_to_be_it(caplog):
-    callback = EMACallback([0.99, 0.999], select="val_loss")
+    callback = EMACallback([0.99, 0.999], evaluate=Select("val_loss"))
     with caplog.at_level(logging.INFO):
         fit(seeded(), callback, max_epochs=1)
     assert equal(*(average.named_tensors() for average in callback.averages))
-    (said,) = [message for message in caplog.messages if "is chosen" in message]
-    assert "by val_loss the decay 0.99 is chosen" in said
+    (said,) = [message for message in caplog.messages if "is selected" in message]
+    assert "by val_loss the decay 0.99 is selected" in said
     assert said.endswith(  # (1 + 6) / (10 + 6)
         "So far 0.99, 0.999 are one and the same average: their warm-up has come to a decay of 0.4375 only. Compare "
         "smaller decays, or Constant(...)."
@@ -159,14 +160,14 @@ def test_averages_that_the_warm_up_still_makes_the_same_are_said_to_be_it(caplog
     ],
 )
 def test_only_warm_ups_that_are_still_rising_make_one_average_of_two(schedules, step, same):
-    told = chosen("acc", {"a": 0.5, "b": 0.5, "c": 0.25}, "b", [*schedules, Constant(0.5)], step)
-    assert told.startswith("by acc the decay b is chosen, with 0.5 (a 0.5, c 0.25).")
+    told = said_of("acc", {"a": 0.5, "b": 0.5, "c": 0.25}, "b", [*schedules, Constant(0.5)], step)
+    assert told.startswith("by acc the decay b is selected, with 0.5 (a 0.5, c 0.25).")
     assert ("So far a, b are one and the same average" in told) is same
-    other = chosen("acc", {"a": 0.4, "b": 0.5, "c": 0.25}, "b", [*schedules, Constant(0.5)], step)
+    other = said_of("acc", {"a": 0.4, "b": 0.5, "c": 0.25}, "b", [*schedules, Constant(0.5)], step)
     assert "So far" not in other
 
 
-def test_live_weights_after_fit_are_not_said_to_be_chosen(caplog):
+def test_live_weights_after_fit_are_not_said_to_be_selected(caplog):
     with caplog.at_level(logging.INFO):
         judged(selecting(after_fit="live"), epochs=1)
     assert "Evaluations, files saved from here on have it; a checkpoint" in caplog.text
@@ -174,12 +175,12 @@ def test_live_weights_after_fit_are_not_said_to_be_chosen(caplog):
 
 def test_the_largest_is_the_best_where_that_is_asked_for():
     _, _, smallest = judged(selecting())
-    _, _, largest = judged(selecting(select="score", mode="max"))
+    _, _, largest = judged(selecting("score", mode="max"))
     assert largest.seen == smallest.seen
 
 
-def test_a_choice_in_every_second_validation_holds_for_two():
-    _, _, judge = judged(selecting(evaluate_every=2))
+def test_a_selection_in_every_second_validation_holds_for_two():
+    _, _, judge = judged(selecting(every=2))
     _, _, always = judged(selecting())
     assert judge.seen == [always.seen[0], always.seen[0], always.seen[2], always.seen[2]]
     assert f"val_loss/ema_{NAMES[0]}" in judge.logged[0]
@@ -187,12 +188,12 @@ def test_a_choice_in_every_second_validation_holds_for_two():
         assert logged["val_loss"] == pytest.approx(scores[seen], rel=1e-5)
 
 
-@pytest.mark.parametrize("evaluate_every", [1, 2])
-def test_a_resumed_run_chooses_what_the_whole_one_does(tmp_path, evaluate_every):
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_resumed_run_selects_what_the_whole_one_does(tmp_path, every):
     saving = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
-    whole = selecting(evaluate_every=evaluate_every)
+    whole = selecting(every=every)
     _, module, all_of_it = judged(whole, saving, enable_checkpointing=True)
-    again, resumed = selecting(evaluate_every=evaluate_every), seeded(Scored, lr=0.1)
+    again, resumed = selecting(every=every), seeded(Scored, lr=0.1)
     _, _, rest = judged(again, module=resumed, ckpt_path=tmp_path / "epoch=0.ckpt")
     assert rest.seen == all_of_it.seen[1:]
     assert equal(module.state_dict(), resumed.state_dict())
@@ -201,7 +202,7 @@ def test_a_resumed_run_chooses_what_the_whole_one_does(tmp_path, evaluate_every)
 
 
 def test_without_select_a_resumed_run_goes_on_with_the_first_average(tmp_path):
-    this, _, judge = judged(selecting(select="score"), epochs=1)  # the smallest score is the worst
+    this, _, judge = judged(selecting("score"), epochs=1)  # the smallest score is the worst
     assert judge.seen == [1]
     this.save_checkpoint(tmp_path / "file.ckpt")
     resumed, module = EMACallback([Constant(0.2), Constant(0.8)]), seeded(Scored, lr=0.1)
@@ -224,11 +225,11 @@ class Saving(Scored):
             self.trainer.save_checkpoint(self.path)
 
 
-def test_a_run_resumed_inside_a_validation_chooses_in_the_same_ones(tmp_path):
-    whole, module = selecting(evaluate_every=2), seeded(Saving, lr=0.1)
+def test_a_run_resumed_inside_a_validation_selects_in_the_same_ones(tmp_path):
+    whole, module = selecting(every=2), seeded(Saving, lr=0.1)
     module.path = tmp_path / "inside.ckpt"
     fit(module, whole, max_epochs=4)
-    again, resumed = selecting(evaluate_every=2), seeded(Saving, lr=0.1)
+    again, resumed = selecting(every=2), seeded(Saving, lr=0.1)
     _, _, rest = judged(again, module=resumed, ckpt_path=module.path)
     name = f"val_loss/ema_{NAMES[0]}"
     assert [name in logged for logged in rest.logged] == [False, True, True]  # the third of four, kept in the fourth
@@ -236,9 +237,9 @@ def test_a_run_resumed_inside_a_validation_chooses_in_the_same_ones(tmp_path):
 
 
 @pytest.mark.parametrize("kwargs", [{"limit_val_batches": 0}, {"max_steps": 5}])
-def test_a_run_in_which_nothing_could_be_chosen_says_so(kwargs):
+def test_a_run_in_which_nothing_could_be_selected_says_so(kwargs):
     callback = selecting()
-    with pytest.warns(UserWarning, match="select='val_loss' chose nothing: no validation was run after the first upd"):
+    with pytest.warns(UserWarning, match=r"Select\('val_loss'\) selected nothing: no validation was run after the first upd"):
         fit(seeded(), callback, **kwargs)
     assert callback.selected is callback.average
 
@@ -253,7 +254,7 @@ def test_training_is_what_it_is_without():
 
 
 def test_live_weights_are_logged_beside():
-    callback = selecting(evaluate="both")
+    callback = selecting(live=True)
     this, _, _ = judged(callback, epochs=2)
     assert {"val_loss", "val_loss_live", *(f"val_loss/ema_{name}" for name in NAMES)} <= this.callback_metrics.keys()
 
@@ -264,7 +265,7 @@ def test_a_score_that_is_no_number_does_not_win():
     assert best_of([math.nan, math.nan], "max", before=1) == 1
 
 
-def test_evaluations_after_the_fit_are_of_the_chosen_one():
+def test_evaluations_after_the_fit_are_of_the_selected_one():
     this, module, judge = judged(selecting(after_fit="live"))
     (after,) = this.validate(module, loader(2), verbose=False)
     assert after["val_loss"] == pytest.approx(min(judge.scores[-1]), rel=1e-5)
@@ -296,22 +297,42 @@ def test_a_test_after_the_fit_is_one_pass_and_logs_nothing_of_the_last_validatio
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"decay": 0.9}, r"select='val_loss' needs several decays to choose from, for instance decay=\[0.99, 0.999\]"),
-        ({"evaluate": "live"}, "select='val_loss' beside evaluate='live': leave evaluate out"),
-        ({"others": "evaluate"}, "select='val_loss' beside others='evaluate': leave others out"),
-        ({"buffers": "recalibrate"}, "beside buffers='recalibrate': write buffers='average'"),
-        ({"switch_every": "epoch"}, "select='val_loss' beside switch_every='epoch': leave one of them out"),
-        ({"select": ""}, "select is ''; it must be the name of a metric"),
-        ({"select": None, "mode": "max"}, "mode and evaluate_every belong to select"),
-        ({"mode": "least"}, "mode"),
-        ({"evaluate_every": 0}, "evaluate_every"),
+        (
+            {"decay": 0.9},
+            r"evaluate=Select\(metric='val_loss'.* needs several decays to choose from, .* decay=\[0.99, 0.999\]",
+        ),
+        (
+            {"buffers": "recalibrate"},
+            r"evaluate=Select\(metric='val_loss'.* beside buffers='recalibrate': write buffers='average'",
+        ),
+        ({"buffers": Recalibrate(batches=3)}, "beside buffers='recalibrate': write buffers='average'"),
     ],
 )
 def test_refusals(arguments, message):
     with pytest.raises(ValueError, match=message):
-        EMACallback(**{"decay": [0.9, 0.99], "select": "val_loss", **arguments})
+        EMACallback(**{"decay": [0.9, 0.99], "evaluate": Select("val_loss"), **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"metric": ""}, "Select: metric is ''; it must be the name of a metric"),
+        ({"metric": None}, "Select: metric is None; it must be the name of a metric"),
+        ({"mode": "least"}, "Select: mode is 'least'; accepted are 'min', 'max'"),
+        ({"every": 0}, "Select: every is 0; it must be at least 1"),
+    ],
+)
+def test_a_selection_checks_its_own_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Select(**{"metric": "val_loss", **arguments})
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_live_weights_are_not_set_to_one_average_and_then_another(order):
+    with pytest.raises(ValueError, match=r"SwitchEMA beside evaluate=Select\(...\): .* Leave one of the two out"):
+        fit(seeded(), *[selecting(), SwitchEMA()][::order])
 
 
 def test_a_metric_that_is_not_logged():
-    with pytest.raises(ValueError, match=r"select='val_los': the module logs no such metric .* It logs score, val_"):
-        judged(selecting(select="val_los"))
+    with pytest.raises(ValueError, match=r"Select\('val_los'\): the module logs no such metric .* It logs score, val_"):
+        judged(selecting("val_los"))

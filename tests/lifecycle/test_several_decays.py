@@ -9,7 +9,7 @@ from helpers import Regression, clones, ema, engine, equal, fit, loader, seeded,
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_ema import Bema, Constant, EMACallback, Equal, export_average
+from lightning_ema import Bema, Constant, EMACallback, Equal, Recalibrate, export_average
 from lightning_ema.__main__ import main
 
 DECAYS = [0.9, Equal(), Bema()]
@@ -77,22 +77,22 @@ class Network(Regression):
 
 
 def test_recalibrated_statistics_are_exported_with_their_average(tmp_path):
-    def run(others, **kwargs):
+    def run(evaluate, **kwargs):
         callback = EMACallback(
-            [0.9, Constant(0.5)], others=others, buffers="recalibrate", recalibrate_batches=3, after_fit="live"
+            [0.9, Constant(0.5)], evaluate=evaluate, buffers=Recalibrate(batches=3), after_fit="live"
         )
         return fit(seeded(Network), callback, **kwargs)
 
-    this = run("evaluate")
+    this = run("all")
     this.save_checkpoint(tmp_path / "file.ckpt")
-    run("evaluate", max_epochs=3, ckpt_path=tmp_path / "file.ckpt").save_checkpoint(tmp_path / "again.ckpt")
+    run("all", max_epochs=3, ckpt_path=tmp_path / "file.ckpt").save_checkpoint(tmp_path / "again.ckpt")
     for which, name in enumerate(("val_loss", "val_loss/ema_Constant_0.5")):
         module = Network()
         module.load_state_dict(torch.load(export_average(tmp_path / "file.ckpt", tmp_path / "x.pt", which=which)))
         (alone,) = trainer().validate(module, loader(2), verbose=False)
         assert this.callback_metrics[name] == pytest.approx(alone["val_loss"], abs=1e-6)
-    run("follow").save_checkpoint(tmp_path / "followed.ckpt")
-    with pytest.raises(ValueError, match=r"estimated for the first average alone, .* others='evaluate' estimates them"):
+    run("average").save_checkpoint(tmp_path / "followed.ckpt")
+    with pytest.raises(ValueError, match=r"estimated for the first average alone, .* evaluate='all' estimates them"):
         export_average(tmp_path / "followed.ckpt", tmp_path / "x.pt", which=1)
 
 
@@ -124,19 +124,20 @@ def logged(tmp_path, callback):
         return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
 
 
-def test_the_others_are_logged_on_request(tmp_path):
-    def keys(others):
-        rows = logged(tmp_path / others, EMACallback([0.9, 0.99, Constant(0.5)], others=others))
+@pytest.mark.parametrize("evaluate", ["average", "live"])
+def test_further_averages_are_logged_where_there_are_several(evaluate, tmp_path):
+    def keys(decay):
+        rows = logged(tmp_path / str(len(decay)), EMACallback(decay, evaluate=evaluate))
         return {key for row in rows for key in row if "ema" in key}
 
     first = {"ema/decay", "ema/distance", "ema/updates"}
-    assert keys("follow") == first
+    assert keys([0.9]) == first
     words = ("ema_0.99", "ema_Constant_0.5")
-    assert keys("log") == first | {f"{word}/{what}" for word in words for what in ("decay", "distance")}
+    assert keys([0.9, 0.99, Constant(0.5)]) == first | {f"{word}/{what}" for word in words for what in ("decay", "distance")}
 
 
 def test_what_is_logged_belongs_to_its_average(tmp_path):
-    callback = EMACallback([Constant(0.5), Constant(0.75)], others="log", after_fit="live")
+    callback = EMACallback([Constant(0.5), Constant(0.75)], after_fit="live")
     last = [row for row in logged(tmp_path, callback) if "ema/decay" in row][-1]
     first, second = callback.averages
     assert (float(last["ema/decay"]), float(last["ema_Constant_0.75/decay"])) == (0.5, 0.75)
@@ -144,13 +145,13 @@ def test_what_is_logged_belongs_to_its_average(tmp_path):
     assert float(last["ema_Constant_0.75/distance"]) == pytest.approx(second.distance())
 
 
-@pytest.mark.parametrize("others", ["log", "evaluate"])
-def test_others_need_several_decays(others):
-    with pytest.raises(ValueError, match=rf"others='{others}' needs several decays, for instance decay=\[0.99, 0.999"):
-        EMACallback(0.9, others=others)
+def test_all_of_one_average_are_it_and_the_live_weights():
+    scores = [fit(seeded(), EMACallback(0.9, evaluate=evaluate)).callback_metrics for evaluate in ("all", "both")]
+    assert scores[0].keys() == scores[1].keys() >= {"val_loss", "val_loss_live"}
+    assert equal(*scores)
 
 
-def test_training_and_a_plain_validation_are_those_of_the_first_alone():
+def test_training_and_a_plain_validation_are_those_of_the_on_first_only():
     one, several = seeded(), seeded()
     scores = []
     for module, decay in ((one, 0.9), (several, DECAYS)):
@@ -166,7 +167,7 @@ def test_a_callback_of_several_can_be_copied_with_its_module():
     twin_module, twin = copy.deepcopy((module, callback))
     for one, other in zip(callback.averages, twin.averages, strict=True):
         assert equal(one.named_tensors(), other.named_tensors())
-    assert twin.averages[1].module is twin_module
+    assert engine(twin.averages[1]).module is twin_module
     trainer(twin).validate(twin_module, loader(2), verbose=False)
     assert this.callback_metrics
 

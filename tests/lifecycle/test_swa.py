@@ -6,7 +6,7 @@ from helpers import BATCHES, Regression, fit, loader, seeded
 from lightning.pytorch import Callback
 from torch.optim.swa_utils import AveragedModel, update_bn
 
-from lightning_ema import EMACallback, Equal
+from lightning_ema import EMACallback, Equal, Recalibrate
 
 
 class Network(Regression):
@@ -34,7 +34,7 @@ class Torch(Callback):
 def test_weights_and_statistics_are_those_of_torch(start_epoch, every):
     reference, module = Torch(start_epoch, every), seeded(Network)
     callback = EMACallback(
-        Equal(), start_epoch=start_epoch, every_n_steps=every, buffers="recalibrate", recalibrate_batches=BATCHES
+        Equal(), start_epoch=start_epoch, every_n_steps=every, buffers=Recalibrate(batches=BATCHES)
     )
     fit(module, callback, reference, max_epochs=4)
     assert callback.average.num_updates == int(reference.averaged.n_averaged) == (4 - start_epoch) * BATCHES // every

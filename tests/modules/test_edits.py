@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_ema.modules.edits import Footprint
+from lightning_ema.modules.edits import Edits
 
 
 def assign(net):
@@ -26,10 +26,10 @@ def step(net):
 )
 def test_edits_are_noticed(edit):
     net = nn.Linear(2, 1)
-    footprint = Footprint(net)
-    assert footprint.intact()
+    edits = Edits(net)
+    assert edits.intact()
     edit(net)
-    assert not footprint.intact()
+    assert not edits.intact()
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,6 @@ def test_edits_are_noticed(edit):
 )
 def test_moving_and_running_are_no_edits(harmless):
     net = nn.Linear(2, 1)
-    footprint = Footprint(net)
+    edits = Edits(net)
     harmless(net)
-    assert footprint.intact()
+    assert edits.intact()

@@ -97,7 +97,7 @@ def test_where_the_kernel_cannot_be_built_the_update_is_made_in_portions(compile
     averages, lives = lists(1, torch.bfloat16)
     expected = [average.clone() for average in averages[0]]
     update = FusedLerp(averages, lives, CastLerp)
-    with pytest.warns(UserWarning, match="could not be built .*made in portions instead"):
+    with pytest.warns(UserWarning, match="could not be built .*made in chunks instead"):
         update([0.25])  # no GPU for Triton to build for
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once

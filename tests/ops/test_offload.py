@@ -12,7 +12,7 @@ from lightning_ema import Constant, WeightAverage
 from lightning_ema.averaging import update as absorption
 from lightning_ema.ops import offload as module_under_test
 from lightning_ema.ops.lerp import CHUNK, lerp_reference_
-from lightning_ema.ops.offload import Offload, Update, absorb_through_buffers_
+from lightning_ema.ops.offload import Offload, Update, update_through_buffers_
 
 
 def tensors(dtype=torch.float32):
@@ -32,7 +32,7 @@ def empty(lives):
 def test_through_buffers_is_the_plain_update(dtype):
     lives = tensors(dtype)
     got, expected = [empty(lives), empty(lives)], [empty(lives), empty(lives)]
-    absorb_through_buffers_(Update(got, lives, [0.25, 0.5]))
+    update_through_buffers_(Update(got, lives, [0.25, 0.5]))
     for averages, rate in zip(expected, [0.25, 0.5], strict=True):
         lerp_reference_(averages, lives, rate)
     for one, other in zip(got, expected, strict=True):
@@ -44,13 +44,13 @@ class Gate:
 
     def __init__(self, monkeypatch):
         self.open = threading.Event()
-        real = absorb_through_buffers_
+        real = update_through_buffers_
 
         def held(update, ready=None):
             assert self.open.wait(timeout=30)
             real(update, ready)
 
-        monkeypatch.setattr(module_under_test, "absorb_through_buffers_", held)
+        monkeypatch.setattr(module_under_test, "update_through_buffers_", held)
 
 
 def parameter(value):
@@ -187,7 +187,7 @@ def test_in_a_trainer_it_goes_on_during_the_next_forward_pass(offloaded, monkeyp
     def held(update, ready=None):
         during.append(begun.wait(timeout=30))
         begun.clear()
-        absorb_through_buffers_(update, ready)
+        update_through_buffers_(update, ready)
 
     class Beginning(Regression):
         def training_step(self, batch, batch_idx):
@@ -197,7 +197,7 @@ def test_in_a_trainer_it_goes_on_during_the_next_forward_pass(offloaded, monkeyp
         def on_train_end(self):
             begun.set()
 
-    monkeypatch.setattr(module_under_test, "absorb_through_buffers_", held)
+    monkeypatch.setattr(module_under_test, "update_through_buffers_", held)
     callback = ema()
     fit(seeded(lambda: Beginning(norm=False)), callback, max_epochs=1, limit_val_batches=0)
     assert during == [True] * BATCHES

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_ema import Constant, HalfLife, Plan, Power, Schedule, Snapshots, WeightAverage
+from lightning_ema import Constant, HalfLife, Power, Schedule, Snapshots, WeightAverage
 from lightning_ema.checkpoint.snapshot import load, read
 from lightning_ema.posthoc.snapshots import discard_future, files_in, take, thinned, write
+from lightning_ema.schedules import Plan
 
 
 def tracked(net, **settings):

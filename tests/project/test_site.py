@@ -124,6 +124,12 @@ def test_roles_of_docstrings_became_links_or_code(site):
 
 
 @needs_mkdocs
+def test_the_messages_stand_on_their_page_as_code(site):
+    html = (site / "messages" / "index.html").read_text()
+    assert "<code>&lt;name&gt; is &lt;value&gt;; it must be True or False.</code>" in html
+
+
+@needs_mkdocs
 def test_navigation_takes_pages_that_nobody_named():
     spec = importlib.util.spec_from_file_location("site_hooks", ROOT / "docs" / "site_hooks.py")
     hooks = importlib.util.module_from_spec(spec)
@@ -148,7 +154,7 @@ class Server(http.server.ThreadingHTTPServer):
 class Handler(http.server.SimpleHTTPRequestHandler):
     def do_GET(self):
         if self.path.startswith("/browser.html"):
-            body = (ROOT / "tests" / "browser.html").read_bytes()
+            body = Path(__file__).with_name("browser.html").read_bytes()
             self.send_response(200)
             self.send_header("Content-Type", "text/html; charset=utf-8")
             self.end_headers()

@@ -21,7 +21,6 @@ from lightning_ema import (
     HalfLife,
     InversePower,
     PerUpdate,
-    Plan,
     Power,
     Scaled,
     Schedule,
@@ -30,6 +29,7 @@ from lightning_ema import (
     Warmup,
     WeightAverage,
 )
+from lightning_ema.schedules import Plan
 
 STEPS = (1, 2, 3, 7, 50, 99, 100, 101, 1000, 123_456, 10_000_000)
 

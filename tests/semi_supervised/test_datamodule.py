@@ -13,7 +13,7 @@ from packaging.version import Version
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_ema import SemiSupervisedDataModule, Views, split_by_class
+from lightning_ema.semi_supervised import SemiSupervisedDataModule, Views, split_by_class
 
 OLD = Version(lightning.__version__) < Version("2.5")
 LABELS = torch.tensor([0, 1, 2] * 10)

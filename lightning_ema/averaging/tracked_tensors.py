@@ -19,7 +19,7 @@ from lightning_ema.modules.memory import is_expanded, overlapping, owns_storage,
 from lightning_ema.modules.named_tensors import Candidate, Survey, check_patterns, joins
 
 
-class Pairing:
+class TrackedTensors:
     """Pairs by name what is averaged with its average.
 
     Modules change under training: layers are unfrozen, materialized, replaced, moved or cast. Every update looks for
