@@ -15,7 +15,7 @@ from lightning_ema.averaging.pair import Pair
 from lightning_ema.averaging.settings import Settings
 from lightning_ema.averaging.swap import not_held
 from lightning_ema.averaging.tracked_tensors import TrackedTensors
-from lightning_ema.checkpoint.state import COUNTERS
+from lightning_ema.checkpoint.entry import AverageState
 from lightning_ema.distributed.base import local
 from lightning_ema.distributed.processes import (
     Groups,
@@ -183,17 +183,13 @@ class Tracker:
         """Says that no update follows soon, as after a fit: then only the module keeps the live tensors' memory."""
         self.tensors.release()
 
-    def counters(self) -> dict[str, int]:
-        """All counters, by name."""
-        return {name: getattr(self, name) for name in COUNTERS}
-
-    def resume(self, state: dict[str, Any], histories: list[History]) -> None:
+    def resume(self, state: AverageState) -> None:
         """Takes counters over from a state, after the averages; the start too, unless it is yet to come and changed."""
-        self.histories = histories
-        same_start = state["config"].get("start_step") == self.settings.start_step
-        for name in COUNTERS:
-            setattr(self, name, state[name])
-        if not state["started"]:
+        self.num_steps, self.num_updates, self.num_skipped = state.num_steps, state.num_updates, state.num_skipped
+        self.last_update_step, self.start_step = state.last_update_step, state.start_step
+        self.histories = list(state.histories)
+        if not state.started:
+            same_start = state.config.get("start_step") == self.settings.start_step
             self.start_at(self.start_step if same_start else self.settings.start_step)
 
     def owns(self, optimizer: Optimizer) -> bool:

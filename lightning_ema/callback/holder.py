@@ -87,7 +87,7 @@ class Holder:
         if self.tracker is not None and self.before_forget is not None:
             self.before_forget()
         self.average = self.tracker = None
-        self.clock.resume({})
+        self.clock.resume()
         self._said_skips = False
 
     def of(self, pl_module: LightningModule) -> Tracker | None:

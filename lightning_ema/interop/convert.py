@@ -12,8 +12,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_ema.checkpoint.entry import STATE_KEY_PREFIX, pack, state_key
-from lightning_ema.checkpoint.state import FORMAT
+from lightning_ema.checkpoint.entry import STATE_KEY_PREFIX, CallbackEntry, state_key, stored_average
+from lightning_ema.checkpoint.entry import write as write_entry
 from lightning_ema.checks import check_count, check_one_of
 from lightning_ema.interop.export import write_weights
 from lightning_ema.interop.imported import Content, Imported, Reader, Weights, callbacks_of, state_of, tensors
@@ -28,6 +28,7 @@ from lightning_ema.interop.read_lightning import (
 from lightning_ema.interop.read_openmmlab import mean_teacher, mmdet2, mmdet2_mid_epoch, mmengine
 from lightning_ema.interop.read_pytorch import averaged_model, diffusers, ema_pytorch, timm, torch_ema, yolo
 from lightning_ema.modules.named_tensors import without_wrappers
+from lightning_ema.schedules.history import History
 
 Form = Literal["lightning", "weights"]
 
@@ -179,25 +180,27 @@ def as_checkpoint(imported: Imported, steps: int, name: str = "ema") -> dict[str
     """
     averaged = {without_wrappers(n): t for n, t in imported.weights.items() if t.is_floating_point() or t.is_complex()}
     differing = [n for n, t in imported.live.items() if not torch.equal(t, imported.weights[n].to(t.dtype))]
-    state = {
-        "format": FORMAT,
-        "num_steps": steps,
-        "num_updates": imported.updates or steps,
-        "num_skipped": 0,
-        "last_update_step": steps,
-        "start_step": 0,
-        "started": True,
-        "config": {"decay": imported.decay} if imported.decay else {},
-        "average": averaged,
-        "others": [],
-    }
-    live = {without_wrappers(name): imported.live[name] for name in differing}
     model = averaged | {without_wrappers(name): tensor for name, tensor in imported.live.items()}
-    entry = pack(state, live, model, in_state_dict=True)
-    entry["steps_before"] = 0 if "global_step" in imported.checkpoint else steps  # whether the trainer counts them, too
+    entry = CallbackEntry(
+        num_steps=steps,
+        num_updates=imported.updates or steps,
+        num_skipped=0,
+        last_update_step=steps,
+        start_step=0,
+        started=True,
+        config={"decay": imported.decay} if imported.decay else {},
+        names=tuple(averaged),
+        average=stored_average(averaged, model),
+        further=(),
+        origin={},
+        histories=(History(),),
+        biases=(0.0,),
+        steps_before=0 if "global_step" in imported.checkpoint else steps,  # whether the trainer counts them, too
+        live={without_wrappers(name): imported.live[name] for name in differing},
+    )
     begun = {"epoch": 0, "global_step": 0, "optimizer_states": [], "lr_schedulers": [], "callbacks": {}}
     checkpoint = {"pytorch-lightning_version": _lightning_version(), **begun, **imported.checkpoint}
-    callbacks = {**checkpoint["callbacks"], state_key(name): entry}
+    callbacks = {**checkpoint["callbacks"], state_key(name): write_entry(entry)}
     other = {k: v for k, v in checkpoint.get("state_dict", {}).items() if not isinstance(v, Tensor)}  # extra states
     return {**checkpoint, "state_dict": {**other, **imported.weights}, "callbacks": callbacks}
 

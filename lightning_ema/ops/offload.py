@@ -36,7 +36,7 @@ class Offload:
     """Runs ``average += rate * (live - average)`` in a thread of its own, one update at a time.
 
     The live weights pass through two pinned buffers of ``CHUNK`` elements in turn: while one chunk is copied, the one
-    before the update has read it. They must not change meanwhile, so that every optimizer of torch waits before its step;
+    before the update has read it. They must not change meanwhile, so every optimizer of torch waits before its step;
     forward and backward pass do not, so that what a forward pass writes to (buffers) must be given as copies.
 
     Attributes:

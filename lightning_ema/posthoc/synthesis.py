@@ -6,15 +6,14 @@ solves for them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_ema.checkpoint.snapshot import Snapshot, load
+from lightning_ema.checkpoint.snapshot import Snapshot, tensors_of
 from lightning_ema.posthoc.combination import Combination, combine, refusal, snapshots_of_one_run
 from lightning_ema.schedules.base import Schedule
 from lightning_ema.schedules.growing import Power
@@ -131,15 +130,15 @@ def _combined(snapshots: Sequence[Snapshot], values: Tensor) -> dict[str, Tensor
     names = {entry.name for entry in newest.entries if entry.name}
     sums: dict[str, Tensor] = {}
     for snapshot in snapshots:
-        content = load(snapshot.path)
+        averages, live = tensors_of(snapshot.path)
         rest = {entry.name: entry.key for entry in newest.entries}
-        for average in content["averages"]:
+        for average in averages:
             coefficient = next(coefficients)
             for name in names:
                 # a tensor that was still frozen then: an average of what does not change is that
-                tensor = average["tensors"].get(name)
-                _add(sums, name, content["rest"][rest[name]] if tensor is None else tensor, coefficient)
-    kept: Mapping[str, Any] = load(newest.path)["rest"]
+                tensor = average.get(name)
+                _add(sums, name, live[rest[name]] if tensor is None else tensor, coefficient)
+    _, kept = tensors_of(newest.path)
     return {
         entry.key: sums[entry.name].to(entry.dtype) if entry.name else kept[entry.key].clone()
         for entry in newest.entries

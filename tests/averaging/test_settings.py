@@ -60,7 +60,10 @@ def test_bad_arguments_are_refused_at_construction(make, arguments, error, messa
         ({"evaluate": "ema"}, "evaluate is 'ema'; accepted are 'average', 'live', 'both', 'all' and Select"),
         ({"after_fit": "both"}, "after_fit is 'both'; accepted are 'average', 'live'"),
         ({"start_epoch": -1}, "start_epoch is -1; it must be at least 0"),
-        ({"start_epoch": 1.5}, "start_epoch is 1.5; it must be a whole number of epochs, or a share .* for instance 0.8"),
+        (
+            {"start_epoch": 1.5},
+            "start_epoch is 1.5; it must be a whole number of epochs, or a share .* for instance 0.8",
+        ),
         ({"start_epoch": -0.5}, "start_epoch is -0.5; it must be a whole number of epochs, or a share"),
         ({"start_epoch": float("nan")}, "start_epoch is nan; it must be a whole number of epochs, or a share"),
         ({"name": ""}, "name is ''; it must be a word"),

@@ -435,7 +435,7 @@ class TestState:
         for cut in range(len(values) + 1):
             first = WeightAverage(Numbers(a=1), **arguments)
             follow(first, values[:cut])
-            second = WeightAverage(Numbers(a=first.module.a.item()), **arguments)
+            second = WeightAverage(Numbers(a=engine(first).module.a.item()), **arguments)
             second.load_state_dict(self.reload(first.state_dict(), tmp_path))
             follow(second, values[cut:])
             assert value(second) == value(whole)

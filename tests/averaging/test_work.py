@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_ema import Constant, WeightAverage
+from lightning_ema.callback.ema_callback import holder_of
 from lightning_ema.ops.lerp import STAGED
 
 VIEWS = {"detach", "as_strided", "slice", "split_with_sizes", "view", "_unsafe_view", "alias", "unbind"}
@@ -140,7 +141,9 @@ def calls_per_step(callback, hooks=()):
 
 def calls_of_ours(**settings):
     callback = ema(decay=Constant(0.9), **settings)
-    return calls_per_step(callback, [(callback._steps, "_enter"), (callback._steps, "_leave")])
+    return calls_per_step(
+        callback, [(holder_of(callback).clock.steps, "_enter"), (holder_of(callback).clock.steps, "_leave")]
+    )
 
 
 @needs_weight_averaging

@@ -92,7 +92,7 @@ def train(module, steps, *averages, seed=0):
 
 def held(average):
     """How many elements of parameters this process keeps for one average."""
-    pairs = average._course.pairing.pairs()
+    pairs = average._tracker.tensors.pairs()
     return sum(pair.averages[0].numel() for pair in pairs if not pair.candidate.is_buffer)
 
 
@@ -113,7 +113,7 @@ def followed(make, processes, decay=DECAY, steps=3, **kwargs):
     train(module, steps, whole, shared)
     assert_alike(whole, shared)
     assert shared.num_updates == steps and not equal(before, module.state_dict())
-    pairs = [pair for pair in whole._course.pairing.pairs() if not pair.candidate.is_buffer]
+    pairs = [pair for pair in whole._tracker.tensors.pairs() if not pair.candidate.is_buffer]
     shareable = sum(pair.live.numel() for pair in pairs if pair.name != "gaps")
     part = math.ceil(shareable / processes)
     expected = max(0, min(part, shareable - dist.get_rank() * part))
@@ -171,7 +171,7 @@ def check_values_by_hand(rank, processes, folder):
         shared.step()
     # with w at the start: 0.5 * (0.5 * w + 0.5 * (w + 4)) + 0.5 * (w + 12) = w + 7
     part = math.ceil(5 / processes)
-    kept = next(iter(shared._course.pairing.pairs())).averages[0]
+    kept = next(iter(shared._tracker.tensors.pairs())).averages[0]
     assert kept.tolist() == [7.0, 8.0, 9.0, 10.0, 11.0][rank * part : (rank + 1) * part]
     ((_, gathered),) = shared.named_tensors()
     assert gathered.tolist() == [[7.0, 8.0, 9.0, 10.0, 11.0]]
@@ -416,7 +416,7 @@ def check_state_of_other_processes(rank, processes, folder):
         module.first.weight.data = turn(module.first.weight.data)
         shared = WeightAverage(module, [Constant(0.9), Bema(kappa=0.5)], shard=True)
         shared.load_state_dict(state)
-        pairs = list(shared._course.pairing.pairs())
+        pairs = list(shared._tracker.tensors.pairs())
         for pair in pairs:
             assert torch.equal(pair.whole(pair.averages[0]), state["average"][pair.name])
             assert torch.equal(pair.whole(pair.averages[1]), state["others"][0][pair.name])

@@ -4,7 +4,7 @@ import json
 
 import ddp_failures
 import pytest
-from two_processes import run
+from two_processes import HERE, python, run
 
 
 @pytest.fixture(scope="module")
@@ -48,5 +48,5 @@ def test_a_whole_average_is_saved_by_the_first_process_alone(resumed):
 
 
 def test_a_script_that_started_its_processes_ends(tmp_path):
-    ended = run("ddp_failures.py", tmp_path, "launched")
+    ended = python(HERE / "ddp_failures.py", tmp_path, "launched")
     assert ended.returncode != 0 and "a bug" in ended.stderr

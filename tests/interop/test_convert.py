@@ -28,6 +28,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lightning_ema import Constant, Cosine, EMACallback, export_average, interop, recipes
+from lightning_ema.interop.naming import named_in_order
 from lightning_ema.__main__ import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what a Trainer has to say of missing loops and few workers
@@ -405,7 +406,7 @@ def test_a_file_with_code_is_refused_and_the_risk_is_said(tmp_path, capsys):
 
 def test_code_of_a_program_that_is_not_there(tmp_path, capsys, monkeypatch):
     torch.save(yolo(), tmp_path / "best.pt")
-    monkeypatch.delattr("test_interop.Yolo")
+    monkeypatch.delattr("test_convert.Yolo")
     assert main(["import", str(tmp_path / "best.pt"), "--as", "weights", "--allow-code"]) == 1
     assert "must be importable" in capsys.readouterr().err
 
@@ -533,20 +534,20 @@ def linear(*sizes):
 
 def test_a_list_is_paired_in_order_where_shapes_leave_one_way_only():
     values = [torch.ones(4, 3), torch.ones(6, 3)]
-    paired = interop.named_in_order(values, linear(4, 5, 6))  # the second one was frozen
+    paired = named_in_order(values, linear(4, 5, 6))  # the second one was frozen
     assert list(paired) == ["0.weight", "2.weight"]
     with pytest.raises(ValueError, match=r"in several ways: number 1: 0\.weight or 1\.weight.*torch\.save\("):
-        interop.named_in_order(values, linear(4, 4, 6))
+        named_in_order(values, linear(4, 4, 6))
     with pytest.raises(ValueError, match=r"none left for number 2, of shape \(6, 3\), after 0\.weight"):
-        interop.named_in_order(values, linear(4, 5, 5))
+        named_in_order(values, linear(4, 5, 5))
     with pytest.raises(ValueError, match="number 2"):  # the order counts
-        interop.named_in_order(values, linear(6, 4))
+        named_in_order(values, linear(6, 4))
 
 
 def test_a_tied_parameter_is_one_of_the_list():
     shared = torch.zeros(4, 3)
     model = {"encoder.weight": shared, "middle.weight": torch.zeros(4, 3), "decoder.weight": shared}
-    paired = interop.named_in_order([torch.ones(4, 3), torch.ones(4, 3)], model)
+    paired = named_in_order([torch.ones(4, 3), torch.ones(4, 3)], model)
     assert list(paired) == ["encoder.weight", "middle.weight"]
 
 

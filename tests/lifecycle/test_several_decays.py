@@ -133,7 +133,9 @@ def test_further_averages_are_logged_where_there_are_several(evaluate, tmp_path)
     first = {"ema/decay", "ema/distance", "ema/updates"}
     assert keys([0.9]) == first
     words = ("ema_0.99", "ema_Constant_0.5")
-    assert keys([0.9, 0.99, Constant(0.5)]) == first | {f"{word}/{what}" for word in words for what in ("decay", "distance")}
+    assert keys([0.9, 0.99, Constant(0.5)]) == first | {
+        f"{word}/{what}" for word in words for what in ("decay", "distance")
+    }
 
 
 def test_what_is_logged_belongs_to_its_average(tmp_path):

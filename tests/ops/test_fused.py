@@ -24,16 +24,16 @@ SHAPES = [(3, 5), (), (0, 4), (BLOCK,), (2 * BLOCK + 1,), (4, 3, 8, 8), (7,)]
 def interpreted(monkeypatch):
     """The kernel runs on tensors of the CPU."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.delitem(sys.modules, "lightning_ema.fused_kernel", raising=False)
-    module = importlib.import_module("lightning_ema.fused_kernel")
-    monkeypatch.setitem(sys.modules, "lightning_ema.fused_kernel", module)
+    monkeypatch.delitem(sys.modules, "lightning_ema.ops.triton_lerp", raising=False)
+    module = importlib.import_module("lightning_ema.ops.triton_lerp")
+    monkeypatch.setitem(sys.modules, "lightning_ema.ops.triton_lerp", module)
 
 
 @pytest.fixture
 def compiled(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.delitem(sys.modules, "lightning_ema.fused_kernel", raising=False)
-    return importlib.import_module("lightning_ema.fused_kernel")
+    monkeypatch.delitem(sys.modules, "lightning_ema.ops.triton_lerp", raising=False)
+    return importlib.import_module("lightning_ema.ops.triton_lerp")
 
 
 def lists(count, dtype, shapes=SHAPES):

@@ -84,7 +84,7 @@ def test_an_update_lies_between_two_steps_of_the_optimizer(streams):
         module[0].sum().backward()
         optimizer.zero_grad()
         assert len(streams.queue) == 1
-        held = average._course.pairing._pairs["0"].averages[0]
+        held = average._tracker.tensors._pairs["0"].averages[0]
         optimizer.register_step_pre_hook(lambda *_: streams.told.append("step"))
         streams.told.clear()
         module[0].grad = torch.zeros(2)
@@ -247,7 +247,7 @@ def test_without_a_gpu_nothing_is_put_aside():
     with torch.no_grad():
         module[0].fill_(3.0)
     average.step()
-    assert average._course.pairing._pairs["0"].averages[0].tolist() == [3.0, 3.0]
+    assert average._tracker.tensors._pairs["0"].averages[0].tolist() == [3.0, 3.0]
 
 
 def test_into_refuses_it():

@@ -30,7 +30,7 @@ def walk(net):
 def train(averages, snapshots, steps, n=1):
     taken = []
     for _ in range(steps):
-        walk(averages[0].module)
+        walk(engine(averages[0]).module)
         for average in averages:
             average.step(n)
         if path := take(snapshots, averages):
@@ -324,10 +324,10 @@ class TestRefusals:
 
 def test_it_draws_no_random_number_and_does_not_touch_the_weights(tmp_path):
     averages = tracked(seeded(Regression))
-    state, before = torch.get_rng_state(), {k: v.clone() for k, v in averages[0].module.state_dict().items()}
+    state, before = torch.get_rng_state(), {k: v.clone() for k, v in engine(averages[0]).module.state_dict().items()}
     write(Snapshots(tmp_path, every_n_steps=1), averages)
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(v, before[k]) for k, v in averages[0].module.state_dict().items())
+    assert all(torch.equal(v, before[k]) for k, v in engine(averages[0]).module.state_dict().items())
 
 
 def test_bound_schedules_are_stored_as_bound(tmp_path):

@@ -97,7 +97,7 @@ def test_a_change_of_schedule_in_a_resumed_run_is_followed():
     resumed.load_state_dict(average.state_dict())
     resumed.step()
     resumed.step()
-    timeline = Timeline(resumed.history.stretches)
+    timeline = Timeline(history_of(resumed).stretches)
     assert timeline.decays(0, 7).tolist() == [0.5] * 5 + [0.75] * 2
     assert timeline.decays(4, 6).tolist() == [0.5, 0.75]
     assert timeline.decays(3, 3).tolist() == []

@@ -357,13 +357,13 @@ def test_from_yaml(tmp_path):
     config = {
         "trainer": {"accelerator": "cpu", "max_epochs": 1, "logger": False, "enable_checkpointing": False},
         "data": {
-            "class_path": "lightning_ema.SemiSupervisedDataModule",
+            "class_path": "lightning_ema.semi_supervised.SemiSupervisedDataModule",
             "init_args": {
                 "labeled": {"class_path": f"{__name__}.Numbers", "init_args": {"size": 30}},
                 "labels_per_class": 2,
                 "validation": {"class_path": f"{__name__}.Numbers", "init_args": {"size": 6}},
                 "strong": f"{__name__}.negated",
-                "weak": {"class_path": "lightning_ema.PerSample", "init_args": {"transform": f"{__name__}.negated"}},
+                "weak": {"class_path": "lightning_ema.semi_supervised.PerSample", "init_args": {"transform": f"{__name__}.negated"}},
                 "labeled_view": "strong",
                 "unlabeled_batch_size": 4,
                 "seed": 3,
