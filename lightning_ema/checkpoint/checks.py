@@ -67,11 +67,6 @@ def _is_number(value: object) -> bool:
     return abs(value) <= LARGEST if isinstance(value, int) else math.isfinite(value)
 
 
-def choice(*words: str) -> Kind:
-    """One of some words."""
-    return simple(" or ".join(map(repr, words)), lambda value: isinstance(value, str) and value in words)
-
-
 def or_none(kind: Kind) -> Kind:
     """The same, or None."""
     return Kind(
