@@ -9,6 +9,7 @@ from helpers import Regression, ema, engine, fit, seeded
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_utilities.core.rank_zero import rank_zero_only
+from tables import rows
 from torch import nn
 
 from lightning_ema import (
@@ -105,7 +106,7 @@ class TestSentences:
         assert "still the weights at its start" in said(ages=Ages(99, LARGE_START))
         assert "start" not in said(ages=Ages(99, LARGE_START - 1e-6))
 
-    @pytest.mark.parametrize("schedule", [Equal(), InversePower(1.0, power=1.0)])
+    @rows("schedule", [Equal(), InversePower(1.0, power=1.0)])
     def test_in_an_equal_mean_the_start_is_one_of_the_states(self, schedule):
         average = WeightAverage(Regression(), schedule, start_step=2)
         trained(average, (1,) * 11)
@@ -179,11 +180,9 @@ def weight_of_each_state(schedule, steps, every, per_update, start):
 
 
 class TestFacts:
-    @pytest.mark.parametrize(
-        "schedule", [Warmup(0.9), Constant(0.97), Equal(), Power(sigma_rel=0.1), Mine(0.8)], ids=repr
-    )
-    @pytest.mark.parametrize(("every", "per_update"), [(1, False), (3, False), (3, True), (7, False)])
-    @pytest.mark.parametrize("start", [0, 4])
+    @rows("schedule", [Warmup(0.9), Constant(0.97), Equal(), Power(sigma_rel=0.1), Mine(0.8)])
+    @rows(("every", "per_update"), [(1, False), (3, False), (3, True), (7, False)])
+    @rows("start", [0, 4])
     def test_ages_against_brute_force(self, schedule, every, per_update, start):
         net = nn.Linear(1, 1)
         given = PerUpdate(schedule) if per_update else schedule

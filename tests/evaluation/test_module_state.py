@@ -222,7 +222,7 @@ def test_parameters_are_left_alone_under_whatever_name():
     assert module[0].weight.eq(3).all()
 
 
-def test_a_buffer_lent_another_storage_keeps_what_it_was_lent():
+def test_a_buffer_given_another_storage_keeps_what_it_was_given():
     module = nn.BatchNorm1d(2)
     begun = ModuleState(module)
     live = module.running_mean.data

@@ -28,8 +28,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lightning_ema import Constant, Cosine, EMACallback, export_average, interop, recipes
-from lightning_ema.interop.naming import named_in_order
 from lightning_ema.__main__ import main
+from lightning_ema.interop.naming import named_in_order
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what a Trainer has to say of missing loops and few workers
 

@@ -82,12 +82,12 @@ class AnyOrder(RuleBasedStateMachine):
             return {name: self.live[name] if not t.is_floating_point() else t for name, t in average.items()}
         return {name: self.live[name] if "running" in name or "tracked" in name else t for name, t in average.items()}
 
-    def take_over(self, by_hand, delivered):
+    def take_over(self, by_hand, applied):
         if by_hand.steps:
             self.live, self.average = by_hand.live, by_hand.average
             self.steps += by_hand.steps
-        deliver = delivered and self.after_fit == "average" and self.average is not None
-        self.holds = self.averaged(self.average) if deliver else self.live
+        applies = applied and self.after_fit == "average" and self.average is not None
+        self.holds = self.averaged(self.average) if applies else self.live
 
     @rule(raises_in=st.sampled_from([None, None, "train", "validate"]))
     def fit(self, raises_in):
@@ -100,7 +100,7 @@ class AnyOrder(RuleBasedStateMachine):
             with pytest.raises(ZeroDivisionError):
                 this.fit(self.module, loader(), loader(1))
         assert equal(by_hand.start, self.live)
-        self.take_over(by_hand, delivered=raises_in is None)
+        self.take_over(by_hand, applied=raises_in is None)
         self.last_trainer = this
 
     def averaged_of(self, by_hand):
@@ -150,7 +150,7 @@ class AnyOrder(RuleBasedStateMachine):
         this.fit(self.module, loader(), loader(1), ckpt_path=path)
         if by_hand.steps:
             assert equal(by_hand.start, self.live)
-        self.take_over(by_hand, delivered=True)
+        self.take_over(by_hand, applied=True)
         self.last_trainer = this
 
     @precondition(lambda self: self.saved is not None and self.average is not None)

@@ -47,7 +47,7 @@ class Recorder(Callback):
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_late_file_holds_the_weights_of_its_step(tmp_path, tied):
     late, callback, module = Late(), ema(decay=Constant(0.5)), seeded(norm=False)
-    if tied:  # its average is exchanged in place in a loan
+    if tied:  # its average is exchanged in place in a swap
         module.net[0].bias = torch.nn.Parameter(module.net[0].weight.data[:, 0].contiguous())
         module.second = torch.nn.Parameter(module.net[0].bias.data)
     saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=SAVED, save_top_k=-1)

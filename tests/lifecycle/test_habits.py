@@ -22,11 +22,10 @@ from helpers import (
 )
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_ema.averaging.storage_swap import StorageLoan
 from torch import nn
 
 from lightning_ema import Constant, Cosine, EMACallback, WeightAverage
-from lightning_ema.averaging import swap as loans
+from lightning_ema.averaging.swap import _Contents, _Storages
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -271,16 +270,16 @@ def test_max_steps_of_two_optimizers_that_step_in_turn():
 
 
 @pytest.mark.parametrize("interrupted", range(1, 5))
-def test_ctrl_c_within_the_recall_itself(interrupted, monkeypatch):
-    give_back, calls = loans._return, iter(range(1, 10**6))
+def test_ctrl_c_while_contents_come_back(interrupted, monkeypatch):
+    end, calls = _Contents.end, iter(range(1, 10**6))
 
-    def interrupted_once(lent):
+    def interrupted_once(self):
         if next(calls) == interrupted:
             raise KeyboardInterrupt
-        give_back(lent)
+        end(self)
 
-    monkeypatch.setattr(loans, "_return", interrupted_once)
-    callback, module = ema(), seeded()
+    monkeypatch.setattr(_Contents, "end", interrupted_once)
+    callback, module = ema(), seeded().share_memory()  # so that contents are exchanged, one tensor after the other
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         fit(module, callback)
     live = clones(engine(callback.average).named_live())
@@ -290,9 +289,9 @@ def test_ctrl_c_within_the_recall_itself(interrupted, monkeypatch):
 
 
 @pytest.mark.parametrize("after", [0, 1, 3])
-@pytest.mark.parametrize("call", range(1, 5), ids=["lend", "recall", "second lend", "second recall"])
+@pytest.mark.parametrize("call", range(1, 5), ids=["swap in", "swap out", "second swap in", "second swap out"])
 def test_ctrl_c_while_storages_are_exchanged(call, after, monkeypatch):
-    exchange, calls = StorageLoan._set, iter(range(1, 10**6))
+    exchange, calls = _Storages._set, iter(range(1, 10**6))
 
     def interrupted_once(self, storages):
         if next(calls) == call:
@@ -301,7 +300,7 @@ def test_ctrl_c_while_storages_are_exchanged(call, after, monkeypatch):
             raise KeyboardInterrupt
         exchange(self, storages)
 
-    monkeypatch.setattr(StorageLoan, "_set", interrupted_once)
+    monkeypatch.setattr(_Storages, "_set", interrupted_once)
     callback, module = ema(), seeded()
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         fit(module, callback, num_sanity_val_steps=0)
@@ -311,15 +310,15 @@ def test_ctrl_c_while_storages_are_exchanged(call, after, monkeypatch):
     assert not equal(live, callback.average.named_tensors())
 
 
-def test_a_loan_of_the_users_own_ends_with_an_exception_too():
-    class Lends(Callback):
+def test_a_swap_of_the_users_own_ends_with_an_exception_too():
+    class SwapsIn(Callback):
         def on_train_epoch_end(self, trainer, pl_module):
-            callback.average.lend()
+            callback.average.swap_in()
             raise ZeroDivisionError
 
     callback, module = ema(), seeded()
     with pytest.raises(ZeroDivisionError):
-        fit(module, Lends(), callback)
+        fit(module, SwapsIn(), callback)
     live = clones(engine(callback.average).named_live())
     assert not engine(callback.average).weights.held
     assert equal({name: module.state_dict()[name] for name in live}, live)
@@ -496,7 +495,7 @@ def test_a_schedule_of_the_users_own_that_leaves_its_range(decay):
 
 @pytest.mark.parametrize("arguments", [{"dtype": torch.float64}, {"device": "cpu"}, {"shard": True}])
 def test_a_target_keeps_its_own_dtype_and_device_and_is_whole(arguments):
-    with pytest.raises(ValueError, match="leave out dtype, device, overlap and shard"):
+    with pytest.raises(ValueError, match="leave out dtype, device and shard"):
         WeightAverage(nn.Linear(1, 1), into=nn.Linear(1, 1), **arguments)
     net = nn.Linear(1, 1)
     with pytest.raises(ValueError, match="into takes another module"):

@@ -51,7 +51,7 @@ def test_a_whole_run_needs_one_tensor_for_each_averaged_one(settings, count_allo
     assert TRAINED <= averaged - plain <= TRAINED + small
 
 
-def test_half_precision_pays_for_a_float32_average_and_one_cast_in_a_loan(count_allocations):
+def test_half_precision_pays_for_a_float32_average_and_one_cast_in_a_swap(count_allocations):
     plain = peak(count_allocations, precision="bf16-true")
     averaged = peak(count_allocations, ema(after_fit="live"), precision="bf16-true")
     # the average is twice the size of the bfloat16 layer, its cast once, the chunk of the update at most 1 MB

@@ -10,18 +10,18 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import BackboneFinetuning
 from taught import Taught
 
-from lightning_ema import Bema, Constant, EMACallback, Equal, MeanTeacherConfig
+from lightning_ema import Bema, Constant, EMACallback, Equal, MeanTeacherConfig, Select, SwitchEMA
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def test_a_barebones_trainer_trains_evaluates_and_delivers():
+def test_a_barebones_trainer_trains_evaluates_and_applies():
     """It refuses loggers, checkpoints and what is logged; the average is kept all the same."""
     ends = []
     for barebones in (False, True):
         seed_everything(3, verbose=False)
         module = seeded()
-        callback = EMACallback([0.9, Equal()], evaluate="both", others="evaluate")
+        callback = EMACallback([0.9, Equal()], evaluate="all")
         this = Trainer(barebones=True, accelerator="cpu", max_epochs=2, callbacks=[callback]) if barebones else (
             trainer(callback)
         )  # fmt: skip
@@ -39,19 +39,21 @@ class ReadsInTheMiddle(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         ema = next(callback for callback in trainer.callbacks if isinstance(callback, EMACallback))
         for average in ema.averages:
-            with average.swapped() as lent, torch.no_grad():
-                lent.eval()
-                lent.net(batch[0])
-                lent.train()
+            with average.swapped() as module, torch.no_grad():
+                module.eval()
+                module.net(batch[0])
+                module.train()
             self.seen.append(average.num_updates)
 
 
+@pytest.mark.parametrize("order", [1, -1], ids=["switched behind it", "switched before it"])
 @pytest.mark.parametrize("first", [True, False])
-def test_a_callback_that_lends_every_average_in_every_batch_changes_nothing(first):
+def test_a_callback_that_swaps_every_average_in_in_every_batch_changes_nothing(first, order):
     ends = []
     for reads in (None, ReadsInTheMiddle()):
-        callback = EMACallback([Constant(0.9), Bema()], switch_every=4, after_fit="live")
-        callbacks = [callback] if reads is None else [reads, callback] if first else [callback, reads]
+        callback = EMACallback([Constant(0.9), Bema()], after_fit="live")
+        ours = [callback, SwitchEMA(every=4)][::order]
+        callbacks = ours if reads is None else [reads, *ours] if first else [*ours, reads]
         module = seeded()
         fit(module, *callbacks, precision="bf16-mixed")
         averages = [clones(average.named_tensors()) for average in callback.averages]
@@ -61,11 +63,12 @@ def test_a_callback_that_lends_every_average_in_every_batch_changes_nothing(firs
     assert len(reads.seen) == 2 * 2 * BATCHES
 
 
-def test_a_teacher_beside_an_average_that_switches_follows_the_switched_student():
+@pytest.mark.parametrize("order", [1, -1], ids=["switched behind it", "switched before it"])
+def test_a_teacher_beside_an_average_that_switches_follows_the_switched_student(order):
     """Callbacks of the trainer run before those of the module: the teacher sees the student that was switched."""
     module = seeded(Taught, mean_teacher=MeanTeacherConfig(decay=Constant(0.0)))
-    callback = EMACallback(Constant(0.5), switch_every=1, after_fit="live")
-    fit(module, callback)
+    callback = EMACallback(Constant(0.5), after_fit="live")
+    fit(module, *[callback, SwitchEMA(every=1)][::order])
     students = dict(module.student.named_parameters())
     averages = {n.removeprefix("student."): t for n, t in callback.average.named_tensors()}
     for name, teacher in module.teacher.named_parameters():
@@ -84,8 +87,8 @@ class Plain(Callback):
             self.logged.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
 
-def test_a_choice_in_the_middle_of_epochs_whose_loaders_are_made_anew():
-    callback, plain = EMACallback([Constant(0.2), Constant(0.8)], select="val_loss"), Plain()
+def test_a_selection_in_the_middle_of_epochs_whose_loaders_are_made_anew():
+    callback, plain = EMACallback([Constant(0.2), Constant(0.8)], evaluate=Select("val_loss")), Plain()
     often = {"val_check_interval": 0.5, "reload_dataloaders_every_n_epochs": 1, "limit_val_batches": 1}
     fit(seeded(lr=0.1), callback, plain, max_epochs=3, **often)
     assert len(plain.logged) == 6
@@ -98,7 +101,7 @@ def test_a_choice_in_the_middle_of_epochs_whose_loaders_are_made_anew():
 def test_files_that_are_scored_between_two_fits_change_nothing(tmp_path):
     ends = []
     for scored in (False, True):
-        callback, module = EMACallback([Constant(0.2), Constant(0.8)], select="val_loss"), seeded(lr=0.1)
+        callback, module = EMACallback([Constant(0.2), Constant(0.8)], evaluate=Select("val_loss")), seeded(lr=0.1)
         this = fit(module, callback, max_epochs=2)
         this.save_checkpoint(tmp_path / "x.ckpt")
         if scored:

@@ -11,7 +11,7 @@ from helpers import Regression, TwoOptimizers, ema, engine, equal, fit, seeded
 from torch import nn
 
 from lightning_ema import Constant, WeightAverage
-from lightning_ema.averaging import update as absorption
+from lightning_ema.averaging import update as updates
 from lightning_ema.ops import step_hooks as before_step
 from lightning_ema.ops.side_stream import SideStream
 
@@ -53,18 +53,24 @@ class Streams:
 
 @pytest.fixture
 def streams(monkeypatch):
-    """Parameters count as lying on CUDA, and their updates are put on the stand-in's queue."""
+    """Parameters count as lying on CUDA, updates overlap, and they are put on the stand-in's queue."""
     streams = Streams()
-    real = absorption.lerp_of
+    real = updates.lerp_of
 
     def queued(averages, lives):
         update = real(averages, lives)
         return lambda rates: streams.queue.append(lambda: update(rates)) if streams.inside else update(rates)
 
-    monkeypatch.setattr(absorption, "lerp_of", queued)
-    monkeypatch.setattr(absorption, "has_streams", lambda device: True)
-    monkeypatch.setattr(absorption, "SideStream", lambda device: SideStream(device, streams))
+    monkeypatch.setattr(updates, "lerp_of", queued)
+    monkeypatch.setattr(updates, "OVERLAP", True)
+    monkeypatch.setattr(updates, "has_streams", lambda device: True)
+    monkeypatch.setattr(updates, "SideStream", lambda device: SideStream(device, streams))
     return streams
+
+
+def stored(average):
+    """The first tensor of the average as it lies there, whatever is under way."""
+    return engine(average).tensors._pairs["0"].averages[0]
 
 
 def weight(value):
@@ -74,7 +80,7 @@ def weight(value):
 def test_an_update_lies_between_two_steps_of_the_optimizer(streams):
     module = nn.ParameterList([weight(1.0)])
     optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
-    average = WeightAverage(module, Constant(0.5), overlap=True)
+    average = WeightAverage(module, Constant(0.5))
     for expected in (0.5, -0.25, -1.125):  # the weights go 0, -1, -2
         module[0].sum().backward()
         optimizer.step()
@@ -84,7 +90,7 @@ def test_an_update_lies_between_two_steps_of_the_optimizer(streams):
         module[0].sum().backward()
         optimizer.zero_grad()
         assert len(streams.queue) == 1
-        held = average._tracker.tensors._pairs["0"].averages[0]
+        held = stored(average)
         optimizer.register_step_pre_hook(lambda *_: streams.told.append("step"))
         streams.told.clear()
         module[0].grad = torch.zeros(2)
@@ -127,7 +133,7 @@ def test_finished_updates_leave_no_work_behind(streams):
 def test_two_averages_wait_before_the_same_step(streams):
     module = nn.ParameterList([weight(1.0)])
     optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
-    averages = [WeightAverage(module, Constant(decay), overlap=True) for decay in (0.5, 0.0)]
+    averages = [WeightAverage(module, Constant(decay)) for decay in (0.5, 0.0)]
     for _ in range(2):  # the weights go 0, -1
         module[0].sum().backward()
         optimizer.step()
@@ -137,21 +143,23 @@ def test_two_averages_wait_before_the_same_step(streams):
     assert [dict(average.named_tensors())["0"].tolist() for average in averages] == [[-0.25, -0.25], [-1.0, -1.0]]
 
 
-@pytest.mark.parametrize("act", ["deliver", "apply"])
+@pytest.mark.parametrize(
+    "act", [lambda other: other.apply(keep=True), WeightAverage.apply], ids=["keeping the live ones", "for good"]
+)
 def test_another_average_of_the_module_is_written_to_it_behind_the_update(streams, act):
     module = nn.ParameterList([weight(0.0)])
-    other, average = WeightAverage(module), WeightAverage(module, Constant(0.5), overlap=True)
+    other, average = WeightAverage(module), WeightAverage(module, Constant(0.5))
     with torch.no_grad():
         module[0].fill_(1.0)
     average.step()
-    getattr(other, act)()
+    act(other)
     assert module[0].tolist() == [0.0, 0.0]
     assert dict(average.named_tensors())["0"].tolist() == [0.5, 0.5]
 
 
 def test_weights_of_several_dtypes_are_averaged_beside_together(streams):
     module = nn.ParameterList([weight(0.0), weight(0.0).bfloat16()])
-    average = WeightAverage(module, Constant(0.5), overlap=True)
+    average = WeightAverage(module, Constant(0.5))
     with torch.no_grad():
         for parameter in module:
             parameter.fill_(1.0)
@@ -163,7 +171,7 @@ def test_weights_of_several_dtypes_are_averaged_beside_together(streams):
 
 def test_what_moves_the_module_after_a_fit_comes_behind_the_update(streams):
     module = nn.ParameterList([weight(0.0)])
-    average = WeightAverage(module, Constant(0.5), overlap=True)
+    average = WeightAverage(module, Constant(0.5))
     with torch.no_grad():
         module[0].fill_(1.0)
     average.step()
@@ -173,7 +181,7 @@ def test_what_moves_the_module_after_a_fit_comes_behind_the_update(streams):
     assert dict(average.named_tensors())["0"].tolist() == [0.5, 0.5]
 
 
-def lent(average, module):
+def swapped(average, module):
     with average.swapped():
         return module[0].detach().clone()
 
@@ -181,7 +189,7 @@ def lent(average, module):
 READINGS = {
     "named_tensors": lambda average, module: dict(average.named_tensors())["0"],
     "state_dict": lambda average, module: average.state_dict()["average"]["0"],
-    "lent": lent,
+    "swapped": swapped,
     "deepcopy": lambda average, module: dict(copy.deepcopy(average).named_tensors())["0"],
     "pickle": lambda average, module: dict(pickle.loads(pickle.dumps(average)).named_tensors())["0"],
     "next update": lambda average, module: (average.step(), dict(average.named_tensors())["0"])[1],
@@ -191,7 +199,7 @@ READINGS = {
 @pytest.mark.parametrize("read", READINGS.values(), ids=list(READINGS))
 def test_whatever_reads_the_average_comes_behind_the_update(streams, read):
     module = nn.ParameterList([weight(0.0)])
-    average = WeightAverage(module, Constant(0.0), overlap=True)
+    average = WeightAverage(module, Constant(0.0))
     with torch.no_grad():
         module[0].fill_(3.0)
     average.step()
@@ -200,7 +208,7 @@ def test_whatever_reads_the_average_comes_behind_the_update(streams, read):
 
 
 @pytest.mark.parametrize("automatic", [True, False], ids=["automatic optimization", "manual optimization"])
-def test_in_a_trainer_it_lies_beside_forward_and_backward(streams, automatic):
+def test_in_a_trainer_it_lies_beside_forward_and_backward(streams, automatic, monkeypatch):
     under_way = []
 
     class Watching(Regression if automatic else TwoOptimizers):
@@ -211,8 +219,11 @@ def test_in_a_trainer_it_lies_beside_forward_and_backward(streams, automatic):
         def validation_step(self, batch, batch_idx):
             pass
 
-    expected, got = ema(after_fit="live"), ema(after_fit="live", overlap=True)
-    fit(seeded(Regression if automatic else TwoOptimizers), expected, num_sanity_val_steps=0)
+    expected, got = ema(after_fit="live"), ema(after_fit="live")
+    with monkeypatch.context() as without:
+        without.setattr(updates, "OVERLAP", False)
+        fit(seeded(Regression if automatic else TwoOptimizers), expected, num_sanity_val_steps=0)
+    assert streams.told == []
     fit(seeded(Watching), got, num_sanity_val_steps=0)
     of_each_epoch = [0, 1, 1, 1, 1, 1] if automatic else [0, 0, *[1, 0] * 5]  # one update lies beside each first loss
     assert under_way == of_each_epoch * 2
@@ -221,7 +232,7 @@ def test_in_a_trainer_it_lies_beside_forward_and_backward(streams, automatic):
 
 def test_the_distance_comes_behind_the_update(streams):
     module = nn.ParameterList([weight(0.0)])
-    average = WeightAverage(module, Constant(0.0), overlap=True)
+    average = WeightAverage(module, Constant(0.0))
     with torch.no_grad():
         module[0].fill_(3.0)
     average.step()
@@ -230,7 +241,7 @@ def test_the_distance_comes_behind_the_update(streams):
 
 def test_what_a_forward_pass_writes_to_is_averaged_at_once(streams):
     module = nn.Sequential(nn.Embedding(1, 2, max_norm=1.0), nn.BatchNorm1d(2, momentum=1.0))
-    average = WeightAverage(module, Constant(0.0), overlap=True)
+    average = WeightAverage(module, Constant(0.0))
     with torch.no_grad():
         module[0].weight.fill_(3.0)
     module[1].running_mean.fill_(5.0)
@@ -241,15 +252,21 @@ def test_what_a_forward_pass_writes_to_is_averaged_at_once(streams):
     assert averages["1.running_mean"].tolist() == [5.0, 5.0]
 
 
-def test_without_a_gpu_nothing_is_put_aside():
+def test_without_a_gpu_nothing_waits(monkeypatch):
+    monkeypatch.setattr(updates, "OVERLAP", True)
     module = nn.ParameterList([weight(0.0)])
-    average = WeightAverage(module, Constant(0.0), overlap=True)
+    average = WeightAverage(module, Constant(0.0))
     with torch.no_grad():
         module[0].fill_(3.0)
     average.step()
-    assert average._tracker.tensors._pairs["0"].averages[0].tolist() == [3.0, 3.0]
+    assert stored(average).tolist() == [3.0, 3.0]
 
 
-def test_into_refuses_it():
-    with pytest.raises(ValueError, match="leave out dtype, device, overlap and shard"):
-        WeightAverage(nn.Linear(1, 1), into=nn.Linear(1, 1), overlap=True)
+def test_until_it_was_measured_nothing_overlaps(monkeypatch):
+    monkeypatch.setattr(updates, "has_streams", lambda device: True)
+    module = nn.ParameterList([weight(0.0)])
+    average = WeightAverage(module, Constant(0.0))
+    with torch.no_grad():
+        module[0].fill_(3.0)
+    average.step()
+    assert stored(average).tolist() == [3.0, 3.0]

@@ -363,7 +363,10 @@ def test_from_yaml(tmp_path):
                 "labels_per_class": 2,
                 "validation": {"class_path": f"{__name__}.Numbers", "init_args": {"size": 6}},
                 "strong": f"{__name__}.negated",
-                "weak": {"class_path": "lightning_ema.semi_supervised.PerSample", "init_args": {"transform": f"{__name__}.negated"}},
+                "weak": {
+                    "class_path": "lightning_ema.semi_supervised.PerSample",
+                    "init_args": {"transform": f"{__name__}.negated"},
+                },
                 "labeled_view": "strong",
                 "unlabeled_batch_size": 4,
                 "seed": 3,
