@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_ema.averaging.module_weights import ModuleWeights
 from lightning_ema.averaging.report import facts_of, report
 from lightning_ema.averaging.state_dict import gather, resume
 from lightning_ema.averaging.tracker import Tracker
@@ -80,7 +81,6 @@ class TeacherCallback(Callback):
                 "MeanTeacher: with buffers='ignore' and teacher_mode='eval' the teacher's BatchNorm statistics stay "
                 "what they are now, while its weights move on. Write buffers='average', or teacher_mode='train'."
             )
-        _check_recalibration(trainer, teacher)
         self._module, self._config, self._plan = pl_module, config, None
         if trainer.ckpt_path is None:
             self._loaded = None  # of a file that was only tested or validated
@@ -100,6 +100,7 @@ class TeacherCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         tracker = self._require()
+        _check_recalibration(pl_module, self._teacher)  # by now an average beside has been built
         config: MeanTeacherConfig = pl_module.mean_teacher  # type: ignore[assignment]
         self._teacher.train(config.teacher_trains(pl_module.training))  # may be assigned late
         if not tracker.module.training:
@@ -276,9 +277,8 @@ def _check_trained(pl_module: LightningModule, tracker: Tracker) -> None:
         )
 
 
-def _check_recalibration(trainer: Trainer, teacher: nn.Module) -> None:
-    recalibrating = any(getattr(callback, "recalibrate_batches", 0) for callback in facts.callbacks(trainer))
-    if recalibrating and statistics_of(teacher):
+def _check_recalibration(pl_module: LightningModule, teacher: nn.Module) -> None:
+    if ModuleWeights.of(pl_module).recalibrates and statistics_of(teacher):
         raise ValueError(
             "buffers='recalibrate' of an EMACallback empties the BatchNorm statistics of the whole module, the "
             "teacher's too, and they are not filled again. Write EMACallback(buffers='average') beside a teacher."

@@ -241,7 +241,7 @@ def test_a_file_written_in_any_pass_holds_the_first_average_and_the_live_weights
         assert equal(file["state_dict"], files[0]["state_dict"])
         (entry,), (first,) = ([e for k, e in f["callbacks"].items() if "EMA" in k] for f in (file, files[0]))
         assert equal(entry["live"], first["live"])
-        assert equal(entry["others"][0], first["others"][0])
+        assert equal(entry["further"][0], first["further"][0])
 
 
 def test_what_does_not_go_together_is_refused():

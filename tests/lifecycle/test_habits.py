@@ -500,3 +500,21 @@ def test_a_target_keeps_its_own_dtype_and_device_and_is_whole(arguments):
     net = nn.Linear(1, 1)
     with pytest.raises(ValueError, match="into takes another module"):
         WeightAverage(net, into=net)
+
+
+def test_a_callback_made_anew_for_each_fit_goes_on_from_what_the_module_holds(tmp_path):
+    module, plain = seeded(), seeded()
+    first, second = EMACallback(Constant(0.5)), EMACallback(Constant(0.75))
+    fit(module, first, max_epochs=1)
+    plain.load_state_dict(module.state_dict())  # the average that the first fit left
+    begun = clones(module.state_dict())
+    trained = fit(module, second, max_epochs=1)
+    fit(plain, max_epochs=1)
+    averages = dict(second.average.named_tensors())
+    assert equal(engine(second.average).named_live(), {name: plain.state_dict()[name] for name in averages})
+    assert equal(averages, {name: module.state_dict()[name] for name in averages})
+    trained.save_checkpoint(tmp_path / "file.ckpt")
+    file = torch.load(tmp_path / "file.ckpt", weights_only=False)
+    assert equal(file["state_dict"], module.state_dict()) and not equal(module.state_dict(), begun)
+    fit(module, first, max_epochs=1)  # the first one's average is over: others have trained since
+    assert first.average.num_steps == BATCHES
