@@ -64,6 +64,10 @@ class ModuleWeights:
             live = None if held.paused else held.swap.live_of(pair.name)
             if live is not None:
                 return live
+        for held in self.held_anywhere() if len(self.known) > 1 else ():
+            live = held.swap.live_at(pair.live)
+            if live is not None:
+                return live
         return pair.live.detach()
 
     def returning(self) -> list[Tensor]:
@@ -80,6 +84,11 @@ class ModuleWeights:
     def held_anywhere(self) -> list[Held]:
         """What tensors of this module and of others hold now."""
         return [held for weights in list(self.known.values()) for held in weights.held if not held.paused]
+
+    @property
+    def any_held(self) -> bool:
+        """Whether tensors of this module or of another, which may be a part of it, hold an average now."""
+        return bool(self.held) or (len(self.known) > 1 and bool(self.held_anywhere()))
 
     # --- whole evaluations and files ----------------------------------------------------------------------------------
 
