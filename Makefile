@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-oldest test-peers lint docs docs-serve reproduce evidence bench bench-distributed gallery check-pins clean
+.PHONY: help setup demo test test-all test-oldest test-peers lint docs docs-serve reproduce evidence bench \
+	bench-distributed gallery house check-pins clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -32,10 +33,14 @@ reproduce: setup  ## train all semi-supervised methods with few labels and print
 evidence: setup  ## measure what averaging buys, six questions on digits (about 2 minutes)
 	@$(BIN)/python benchmarks/evidence.py
 
-# two at a time; a file's tests stay together, since what they share takes long to make
-PYTEST := python -m pytest -q -n 2 --dist loadfile
-test: setup  ## run the tests
-	@$(BIN)/$(PYTEST)
+# two at a time; a file's tests stay together, since what they share takes long to make; the files in the order of the
+# folders, which puts the long ones before the short ones
+PYTEST := python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+test: setup  ## run the tests (3 minutes)
+	@$(BIN)/$(PYTEST) -m "not slow"
+
+test-all: setup  ## run the tests that `make test` leaves out: the widest matrices, examples and pages (3 minutes)
+	@$(BIN)/$(PYTEST) -m slow
 
 lint: setup  ## ruff (lint and format) and mypy (strict)
 	@$(BIN)/ruff check .
@@ -55,10 +60,8 @@ $(VENV)/docs: $(VENV)/ready
 	@touch $@
 
 OLDEST := .venv-oldest
-# scripts of the pages and of benchmarks that take many processes or long are run once, by `make test`
-ONCE := distributed/test_docs_of_processes.py distributed/test_example.py project/test_evidence.py
 test-oldest: $(OLDEST)/ready  ## run the tests against the oldest supported Lightning
-	@$(OLDEST)/bin/$(PYTEST) tests $(ONCE:%=--ignore=tests/%)
+	@$(OLDEST)/bin/$(PYTEST) -m "not slow" tests
 
 $(OLDEST)/ready: pyproject.toml constraints.txt constraints-oldest.txt
 	@$(PYTHON) -m venv $(OLDEST)
@@ -94,6 +97,9 @@ bench-distributed: setup  ## print what an average costs on each of 1, 2 and 4 p
 
 gallery: setup  ## draw the pictures of docs/how-to/schedule-gallery.md
 	@$(BIN)/python docs/gallery.py
+
+house:  ## draw the picture of docs/explanation/design.md: which folder imports which
+	@$(PYTHON) docs/house.py
 
 clean:  ## remove the virtual environments and what runs have written
 	rm -rf $(VENV) $(OLDEST) runs dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

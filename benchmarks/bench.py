@@ -10,15 +10,15 @@ import platform
 import callback
 import distance
 import gpu
-import loan
 import memory
+import swap
 import torch
 import update
 from matplotlib.figure import Figure
 from measure import RESULTS, Table, arguments
 from peers import OURS
 
-DRAWN = "update_resnet50", "update_gpt2", "update_resnet50_bf16", "update_buffers", "update_tiny_float32", "loan"
+DRAWN = "update_resnet50", "update_gpt2", "update_resnet50_bf16", "update_buffers", "update_tiny_float32", "swap"
 
 
 def draw(tables: list[Table]) -> None:
@@ -44,7 +44,7 @@ def draw(tables: list[Table]) -> None:
 def main() -> None:
     rounds = arguments(__doc__)
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, one thread")
-    tables = [table for script in (update, loan, memory, distance, callback, gpu) for table in script.main(rounds)]
+    tables = [table for script in (update, swap, memory, distance, callback, gpu) for table in script.main(rounds)]
     draw(tables)
 
 

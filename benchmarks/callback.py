@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ema import Constant, EMACallback
+from lightning_ema.callback.ema_callback import holder_of
 
 try:
     from lightning.pytorch.callbacks import EMAWeightAveraging
@@ -94,8 +95,9 @@ def fitted(make: Callable[[], Callback], net: nn.Module, shape: tuple[int, ...],
     for hook in ("on_train_batch_start", "on_train_batch_end"):
         setattr(callback, hook, clock.around(getattr(callback, hook)))
     if isinstance(callback, EMACallback):
+        counter = holder_of(callback).clock.steps
         for hook in ("_enter", "_leave"):
-            setattr(callback._steps, hook, clock.around(getattr(callback._steps, hook)))
+            setattr(counter, hook, clock.around(getattr(counter, hook)))
     last = _Steps(clock)
     trainer = Trainer(
         accelerator="cpu",

@@ -1,10 +1,11 @@
-"""What an average costs on each of several processes: bytes held, and the time of an update beside an unshared one.
+"""What an average costs on each of several processes: bytes held, and the time of an update beside a whole one.
 
     python benchmarks/distributed.py       # about two minutes
 
 Processes of a CPU with gloo, one thread each. Bytes are those of all tensors alive in a process, counted before and
-after the average is built, and again during a loan: nothing is taken from the averages themselves. Time is CPU time;
-in each process a whole average of a copy of the model takes turns with the one that is measured, and ratios count.
+after the average is built, and again while the module carries it: nothing is taken from the averages themselves. Time
+is CPU time; in each process a whole average of a copy of the model takes turns with the one that is measured, and
+ratios count.
 """
 
 import argparse
@@ -41,7 +42,7 @@ class Cost:
     """Of one process, in bytes per element of the whole model; the time as a share of that of a whole average."""
 
     held: float
-    on_loan: float
+    swapped_in: float
     update: float
 
 
@@ -84,13 +85,13 @@ def measured(kind: str, dtype: torch.dtype, width: int, rounds: int) -> Cost:
     average.step()
     held = bytes_alive() - before
     with average.swapped():
-        on_loan = bytes_alive() - before
+        swapped_in = bytes_alive() - before
     whole.step()
     ratios = []
     for _ in range(rounds):
         one, other = cpu_seconds(average.step), cpu_seconds(whole.step)
         ratios.append(one / other)
-    return Cost(held / elements, on_loan / elements, statistics.median(ratios))
+    return Cost(held / elements, swapped_in / elements, statistics.median(ratios))
 
 
 def process(rank: int, world: int, port: int, width: int, rounds: int, results: SimpleQueue) -> None:
@@ -127,17 +128,17 @@ def main() -> None:
     elements = sum(parameter.numel() for parameter in transformer(width, 4).parameters())
     print(f"torch {torch.__version__}, gloo, one thread a process; {elements / 1e6:.3g} million elements")
     print("The most that any process holds, in bytes per element of the whole model; a whole average takes 1.00 x.\n")
-    print("| weights  | average          | processes | held  | on loan | update |")
+    print("| weights  | average          | processes | held  | swapped | update |")
     print("|----------|------------------|-----------|-------|---------|--------|")
     per_element: dict[tuple[str, torch.dtype], float] = {}
     for world in WORLD_SIZES:
         processes = in_processes(world, width, rounds)
         for kind, dtype in processes[0]:
             costs = [each[kind, dtype] for each in processes]
-            held, on_loan = max(cost.held for cost in costs), max(cost.on_loan for cost in costs)
+            held, swapped_in = max(cost.held for cost in costs), max(cost.swapped_in for cost in costs)
             update = statistics.median(cost.update for cost in costs)
             name = str(dtype).removeprefix("torch.")
-            print(f"| {name:8} | {kind:16} | {world:9} | {held:5.2f} | {on_loan:7.2f} | {update:4.2f} x |")
+            print(f"| {name:8} | {kind:16} | {world:9} | {held:5.2f} | {swapped_in:7.2f} | {update:4.2f} x |")
             per_element[kind, dtype] = held if kind == "DDP" else held * world
     print("\nWhat that means for one average, kept in float32 of float32 and of bfloat16 weights alike: per process,")
     print(

@@ -8,10 +8,10 @@ from tempfile import TemporaryDirectory
 import torch
 from evidence_training import BATCH, RATE, error, network, split, training
 from report import shifted
+from torch.optim.swa_utils import update_bn
 
 from lightning_ema import Constant, Power, Scaled, Snapshots, Warmup, WeightAverage, synthesize
-from lightning_ema.modules.batchnorm import Recalibration
-from lightning_ema.posthoc.snapshots import take
+from lightning_ema.posthoc import take
 
 DECAYS = (0.9, 0.99, 0.998)
 LABELS = {"clean labels": 0.0, "40% random labels": 0.4}
@@ -96,11 +96,9 @@ def batchnorm(seed, steps):
 def recalibrated(average, train, test, seed):
     inputs = shifted(train[0], torch.Generator().manual_seed(seed))  # as in training
     with average.swapped() as net:
-        statistics = Recalibration(net)
-        statistics.put_in(inputs.split(100), made_at=average.num_updates)
-        found = error(net, test)
-        statistics.take_out()
-    return found
+        averaged = copy.deepcopy(net)
+    update_bn(inputs.split(100), averaged)
+    return error(averaged, test)
 
 
 def batch_size(seed, steps):

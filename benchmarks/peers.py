@@ -31,8 +31,8 @@ class Peer:
 
     Attributes:
         average: the peer's object.
-        update: absorbs the live weights.
-        evaluate: puts the average into the module and takes it out again; None where the peer has no way to.
+        update: updates the average from the live weights.
+        evaluate: swaps the average into the module and out again; None where the peer has no way to.
     """
 
     average: Any

@@ -16,6 +16,7 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 
 from lightning_ema import Constant, Warmup, WeightAverage
+from lightning_ema.averaging.weight_average import tracker_of
 
 STEPS, SEEDS = 2820, 3
 FALLS_TO = (1.0, 0.3, 0.1, 0.03, 0.01, 0.0)
@@ -135,7 +136,7 @@ def precisions(train):
     trained(net, [exact, *itertools.chain(*narrow.values())], train, 1.0, 0.0, 0)
     for dtype, averages in narrow.items():
         for each, reference in zip(averages, exact.averages, strict=True):
-            lives, wanted = dict(engine(each).named_live()), dict(reference.named_tensors())
+            lives, wanted = dict(tracker_of(each).named_live()), dict(reference.named_tensors())
             rate, still, elements, error, whole = 1 - each.decay, 0, 0, 0.0, 0.0
             for name, tensor in each.named_tensors():
                 still += (tensor.lerp(lives[name].to(dtype), rate) == tensor).sum().item()

@@ -19,7 +19,8 @@ class DocstringRoles(griffe.Extension):
             if target.is_module:
                 members = target.members.items()
                 exported = target.exports or [n for n, m in members if not (m.is_alias or n.startswith("_"))]
-                self._public |= {target[str(n)].canonical_path: f"{target.path}.{n}" for n in exported}
+                of_wing = {target[str(n)].canonical_path: f"{target.path}.{n}" for n in exported}
+                self._public = of_wing | self._public  # what the package exports itself stands there under that name
         self._rewrite(pkg, set())
 
     def _rewrite(self, scope, seen):

@@ -1,6 +1,7 @@
 """What MkDocs does not do by itself: pages for linked files outside of docs/, and a navigation by folders.
 
-It also warns, which ends a strict build, of public names that the reference leaves out.
+It writes the list of messages into its page. It also warns, which ends a strict build, of public names that the
+reference leaves out.
 """
 
 import ast
@@ -9,6 +10,7 @@ import posixpath
 import re
 from pathlib import Path, PurePosixPath
 
+import message_page  # MkDocs looks beside this file
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
@@ -46,7 +48,7 @@ def exported():
 
 
 def on_page_markdown(markdown, *, page, config, files):
-    """Leads links to files outside of docs/, and all links of such a file, to the pages of the site."""
+    """Leads links to files outside of docs/, and all links of such a file, to the pages of the site; lists messages."""
     uri = page.file.src_uri
 
     def rewritten(found):
@@ -55,7 +57,8 @@ def on_page_markdown(markdown, *, page, config, files):
         known = files.get_file_from_path(target) is not None
         return posixpath.relpath(target, posixpath.dirname(uri) or ".") if known else found[0]
 
-    return LINK.sub(rewritten, markdown)
+    linked = LINK.sub(rewritten, markdown)
+    return message_page.filled(linked) if uri == "messages.md" else linked
 
 
 def origin(uri):

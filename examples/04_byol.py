@@ -18,8 +18,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.nn.functional import normalize
 
-from lightning_ema import Cosine, MeanTeacherConfig, MeanTeacherMixin, SemiSupervisedDataModule
-from lightning_ema.semi_supervised import losses
+from lightning_ema import Cosine, MeanTeacherConfig, MeanTeacherMixin
+from lightning_ema.semi_supervised import SemiSupervisedDataModule, losses
 
 
 def perceptron(inputs, outputs=64, hidden=128):

@@ -1,7 +1,7 @@
 """Trains on noisy digits in several processes, with an average of the weights beside them.
 
     python examples/05_distributed.py                             # DDP: each process holds the whole average
-    python examples/05_distributed.py --shard                     # DDP: each process holds its share of the average
+    python examples/05_distributed.py --shard                     # DDP: each process holds its part of the average
     python examples/05_distributed.py --strategy fsdp             # FSDP2: the average is sharded like the weights
     python examples/05_distributed.py --strategy fsdp --folder    # ... and the checkpoint is a folder of shards
 
@@ -74,7 +74,7 @@ def strategy(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--strategy", choices=["ddp", "fsdp"], default="ddp")
-    parser.add_argument("--shard", action="store_true", help="share the average among the processes of DDP")
+    parser.add_argument("--shard", action="store_true", help="partition the average among the processes of DDP")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--folder", action="store_true", help="under fsdp: a folder of shards instead of a file")
     parser.add_argument("--epochs", type=int, default=10)

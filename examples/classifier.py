@@ -14,8 +14,9 @@ from tabulate import tabulate
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_ema import Annealing, MeanTeacherConfig, MeanTeacherMixin, for_both
+from lightning_ema import Annealing, MeanTeacherConfig, MeanTeacherMixin
 from lightning_ema.semi_supervised import losses
+from lightning_ema.teacher import for_both
 
 
 class Classifier(MeanTeacherMixin, LightningModule):

@@ -9,7 +9,7 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from lightning_ema import SemiSupervisedDataModule
+from lightning_ema.semi_supervised import SemiSupervisedDataModule
 from lightning_ema.semi_supervised.datamodule import LabeledView
 
 read = cache(mnist_data)  # it takes seconds

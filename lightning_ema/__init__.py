@@ -1,6 +1,9 @@
-"""Weight averaging for PyTorch Lightning."""
+"""Weight averaging for PyTorch Lightning.
 
-from lightning_ema import interop, recipes
+The rest stands in wings: ``schedules``, ``recipes``, ``interop``, ``posthoc``, ``semi_supervised``, ``teacher``.
+"""
+
+from lightning_ema import interop, posthoc, recipes, schedules, semi_supervised, teacher
 from lightning_ema.averaging.settings import Recalibrate
 from lightning_ema.averaging.weight_average import WeightAverage
 from lightning_ema.callback.ema_callback import EMACallback
@@ -8,7 +11,7 @@ from lightning_ema.callback.switch import SwitchEMA
 from lightning_ema.evaluation.settings import Select
 from lightning_ema.interop.export import export_average
 from lightning_ema.posthoc.snapshots import Snapshots
-from lightning_ema.posthoc.synthesis import Synthesis, synthesize
+from lightning_ema.posthoc.synthesis import synthesize
 from lightning_ema.schedules import (
     Annealing,
     Bema,
@@ -20,7 +23,6 @@ from lightning_ema.schedules import (
     HalfLife,
     InversePower,
     PerUpdate,
-    Plan,
     Power,
     Scaled,
     Schedule,
@@ -28,12 +30,8 @@ from lightning_ema.schedules import (
     Then,
     Warmup,
 )
-from lightning_ema.semi_supervised import losses as consistency
-from lightning_ema.semi_supervised.datamodule import SemiSupervisedDataModule
-from lightning_ema.semi_supervised.splits import split_by_class
-from lightning_ema.semi_supervised.views import PerSample, Views
 from lightning_ema.teacher.config import MeanTeacherConfig
-from lightning_ema.teacher.mixin import MeanTeacherMixin, for_both
+from lightning_ema.teacher.mixin import MeanTeacherMixin
 
 __version__ = "0.1.0"
 
@@ -50,28 +48,24 @@ __all__ = [
     "InversePower",
     "MeanTeacherConfig",
     "MeanTeacherMixin",
-    "PerSample",
     "PerUpdate",
-    "Plan",
     "Power",
     "Recalibrate",
     "Scaled",
     "Schedule",
     "Select",
-    "SemiSupervisedDataModule",
     "Shifted",
     "Snapshots",
     "SwitchEMA",
-    "Synthesis",
     "Then",
-    "Views",
     "Warmup",
     "WeightAverage",
-    "consistency",
     "export_average",
-    "for_both",
     "interop",
+    "posthoc",
     "recipes",
-    "split_by_class",
+    "schedules",
+    "semi_supervised",
     "synthesize",
+    "teacher",
 ]

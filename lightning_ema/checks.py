@@ -49,7 +49,7 @@ def check_count(value: int, name: str, at_least: int) -> None:
         raise ValueError(f"{name} is {value}; it must be at least {at_least}.")
 
 
-def check_choice(value: str, name: str, accepted: tuple[str, ...]) -> None:
+def check_one_of(value: str, name: str, accepted: tuple[str, ...]) -> None:
     """Refuse a word that is not among the accepted ones."""
     if value not in accepted:
         raise ValueError(f"{name} is {value!r}; accepted are {', '.join(map(repr, accepted))}.")

@@ -1,13 +1,18 @@
+import functools
 import weakref
 from contextlib import contextmanager
 
 import pytest
 import torch
+from lightning.fabric.utilities import registry
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 torch.set_num_threads(1)  # the modules are tiny: more threads only get in each other's way
+
+# each Trainer looks through all installed packages for their callbacks; none is installed while tests run
+registry.entry_points = functools.cache(registry.entry_points)
 
 
 class _Allocations(TorchDispatchMode):

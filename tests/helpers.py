@@ -20,6 +20,11 @@ needs_weight_averaging = pytest.mark.skipif(
 )
 
 
+def widest(kept):
+    """Marks for a case of a wide matrix: all are run by ``make test-all``, the ones that are kept by ``make test``."""
+    return () if kept else pytest.mark.slow
+
+
 class Regression(LightningModule):
     """A small network with everything that averaging can get wrong: BatchNorm statistics, dropout, several layers."""
 

@@ -22,7 +22,7 @@ class Pair:
         origin: the live tensor as it was at the start, kept as an average is, where a schedule corrects for it.
         exclusive: whether the live tensor's storage is its own and may be exchanged for the average's.
         crossed: whether it shares part of its memory with another tensor of the module.
-        plain: whether it is a parameter that hangs in one place and may be lent the average's storage itself.
+        plain: whether it is a parameter that hangs in one place and may carry the average's storage itself.
     """
 
     candidate: Candidate

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from lightning_ema.checks import check_choice, check_count, check_flag
+from lightning_ema.checks import check_count, check_flag, check_one_of
 from lightning_ema.schedules.base import PerUpdate, Schedule, horizon
 from lightning_ema.schedules.basic import Warmup
 from lightning_ema.schedules.text import as_whole
@@ -84,9 +84,9 @@ class Settings:
                 f"buffers={buffers!r} needs training batches, which EMACallback takes from its Trainer. In a loop of "
                 "your own write buffers='copy', and in `with average.swapped():` call torch.optim.swa_utils.update_bn."
             )
-        check_choice(buffers, "buffers", ("average", "copy"))
+        check_one_of(buffers, "buffers", ("average", "copy"))
         check_flag(include_frozen, "include_frozen")
-        check_choice(on_nonfinite, "on_nonfinite", get_args(OnNonfinite))
+        check_one_of(on_nonfinite, "on_nonfinite", get_args(OnNonfinite))
         if on_nonfinite == "skip" and any(schedule.corrects for schedule in decays):
             raise ValueError(
                 f"on_nonfinite='skip' cannot protect {next(s for s in decays if s.corrects)!r}, which adds live "

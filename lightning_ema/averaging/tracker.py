@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 
 from lightning_ema.averaging.module_weights import ModuleWeights
 from lightning_ema.averaging.pair import Pair
-from lightning_ema.averaging.pairing import Pairing
 from lightning_ema.averaging.settings import Settings
 from lightning_ema.averaging.swap import not_held
-from lightning_ema.checkpoint.state import COUNTERS
+from lightning_ema.averaging.tracked_tensors import TrackedTensors
+from lightning_ema.checkpoint.entry import AverageState
 from lightning_ema.distributed.base import local
 from lightning_ema.distributed.processes import (
     Groups,
@@ -70,7 +70,7 @@ class Tracker:
         self.processes = world_size() if shard else 1
         self.sync_buffers: SyncBuffers | None = None
         self.collectives_off = False
-        self.tensors = Pairing(module, settings, into, self.processes > 1)
+        self.tensors = TrackedTensors(module, settings, into, self.processes > 1)
         self._weights = ModuleWeights.of(module)
         self.holds = self._weights.add(self, len(settings.decays))
         self._no_grad = torch.no_grad()
@@ -183,17 +183,13 @@ class Tracker:
         """Says that no update follows soon, as after a fit: then only the module keeps the live tensors' memory."""
         self.tensors.release()
 
-    def counters(self) -> dict[str, int]:
-        """All counters, by name."""
-        return {name: getattr(self, name) for name in COUNTERS}
-
-    def resume(self, state: dict[str, Any], histories: list[History]) -> None:
+    def resume(self, state: AverageState) -> None:
         """Takes counters over from a state, after the averages; the start too, unless it is yet to come and changed."""
-        self.histories = histories
-        same_start = state["config"].get("start_step") == self.settings.start_step
-        for name in COUNTERS:
-            setattr(self, name, state[name])
-        if not state["started"]:
+        self.num_steps, self.num_updates, self.num_skipped = state.num_steps, state.num_updates, state.num_skipped
+        self.last_update_step, self.start_step = state.last_update_step, state.start_step
+        self.histories = list(state.histories)
+        if not state.started:
+            same_start = state.config.get("start_step") == self.settings.start_step
             self.start_at(self.start_step if same_start else self.settings.start_step)
 
     def owns(self, optimizer: Optimizer) -> bool:
@@ -242,14 +238,14 @@ class Tracker:
     def named_stored(self, place: int) -> Iterator[tuple[str, Tensor]]:
         """What is stored of one of the averages, whole and without corrections; to be taken one at a time."""
         if self.schedules[place].corrects or self.processes > 1:
-            return self._first_alone((pair, pair.averages[place]) for pair in self.tensors.pairs())
+            return self._on_first_only((pair, pair.averages[place]) for pair in self.tensors.pairs())
         return self.named_tensors(place)
 
     def named_origin(self) -> Iterator[tuple[str, Tensor]]:
         """The parameters as they were at the start, where a schedule corrects for them."""
-        return self._first_alone((pair, pair.origin) for pair in self.tensors.pairs() if pair.origin is not None)
+        return self._on_first_only((pair, pair.origin) for pair in self.tensors.pairs() if pair.origin is not None)
 
-    def _first_alone(self, parts: Iterable[tuple[Pair, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    def _on_first_only(self, parts: Iterable[tuple[Pair, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for pair, part in parts:
             whole = self._whole(pair, part)  # all processes, one at a time
             if self.processes == 1 or is_first():

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from lightning_ema.averaging.report import facts_of, report
 from lightning_ema.averaging.settings import Buffers, OnNonfinite, Settings
-from lightning_ema.averaging.state_dict import state_of, take_up
+from lightning_ema.averaging.state_dict import gather, resume
 from lightning_ema.averaging.tracker import Tracker
+from lightning_ema.checkpoint.entry import AverageState, read, write
 from lightning_ema.checks import check_flag
 from lightning_ema.ops.step_hooks import as_before_step
 from lightning_ema.schedules.base import Schedule
@@ -262,7 +263,7 @@ class WeightAverage:
         Returns:
             What stands under each key is told in ``docs/how-to/checkpoints.md``.
         """
-        return state_of(self._tracker)
+        return write(gather(self._tracker))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up a state written by :meth:`state_dict`. Nothing is changed where it does not fit.
@@ -279,7 +280,7 @@ class WeightAverage:
                 "load_state_dict() of a further one of several averages, which share one state. Call it on the first "
                 "of them, with a state that the first of them gave."
             )
-        take_up(self._tracker, state)
+        resume(self._tracker, read(state, AverageState))
 
 
 def tracker_of(average: WeightAverage) -> Tracker:

@@ -36,7 +36,7 @@ def check_beside(trainer: Trainer, evaluating: Sequence[CallbackSettings], shard
                 raise ValueError(two_evaluate(other.name, settings.name))
 
 
-def check_evaluates_alone(tracker: Tracker) -> None:
+def check_no_overlap(tracker: Tracker) -> None:
     """Refuse two callbacks that evaluate averages of the same tensors.
 
     Raises:

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lightning_ema.averaging.state_dict import gather, resume
 from lightning_ema.averaging.swap import lasting
-from lightning_ema.averaging.tensor_set import Estimate, write
+from lightning_ema.averaging.tensor_set import Estimate
+from lightning_ema.averaging.tensor_set import write as write_into
 from lightning_ema.callback import sharded_files
 from lightning_ema.callback.holder import Holder
 from lightning_ema.callback.messages import adopted, not_returned, resumed, save_needs_all
-from lightning_ema.checkpoint.entry import changes, find, foreign, other_settings, pack, state_key, unpack
+from lightning_ema.checkpoint.entry import (
+    CallbackEntry,
+    Recalibrated,
+    add_averages,
+    changes,
+    find,
+    foreign,
+    lacking,
+    other_settings,
+    read,
+    state_key,
+    stored_average,
+    write,
+)
 from lightning_ema.evaluation.passes import Passes
 from lightning_ema.modules.batchnorm import statistics_of
 from lightning_ema.modules.named_tensors import Survey
@@ -61,21 +77,31 @@ class Checkpointing:
         trainer = facts.trainer_of(tracker.module)
         if trainer is not None:
             holder.check_processes(trainer)
-        holds = tracker.holds
-        state = holder.average.state_dict() if holder.average is not None else {}  # looks for replaced layers first
+        holds, model = tracker.holds, Survey(tracker.module).tensors
+        state = gather(tracker)  # which looks for layers that were replaced since the last step
         live = dict(tracker.named_live()) if holds.gives_average else dict(tracker.weights.stored)
         if holds.gives_average and holds.estimates:
             live |= holds.live_statistics() or statistics_of(tracker.module)
-        in_state_dict = holds.gives_average and holds.selected == 0 and not tracker.schedules[0].corrects
-        entry = pack(state, live, Survey(tracker.module).tensors, in_state_dict)
-        entry |= {"chosen": holds.selected, "choices": self._passes.num_selections, **holder.clock.state()}
+        if holds.gives_average and holds.selected == 0 and not tracker.schedules[0].corrects:
+            state = replace(state, average=stored_average(state.average, model))
+        decay = None
         with suppress(ValueError):  # a schedule that does not know the run yet
-            entry["decay"] = tracker.decay(0)
-        if holds.estimates:
-            first, *others = holds.estimates
-            entry["recalibrated_at"] = first.made_at
-            entry["recalibrated"] = [{"at": each.made_at, "statistics": dict(each.statistics)} for each in others]
-        return {**entry, "config": holder.settings.describe()}
+            decay = tracker.decay(0)
+        entry = CallbackEntry(
+            **{**vars(state), "config": holder.settings.describe()},
+            steps_before=holder.clock.steps_before,
+            pace=holder.clock.pace,
+            live=live,
+            selected=holds.selected,
+            num_selections=self._passes.num_selections,
+            decay=decay,
+            recalibrated=tuple(
+                Recalibrated(each.made_at, each.statistics if place > 0 else {})
+                for place, each in enumerate(holds.estimates)
+            )
+            or None,
+        )
+        return write(entry)
 
     def save(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """A checkpoint is put together: its ``state_dict`` becomes the average's."""
@@ -107,13 +133,13 @@ class Checkpointing:
                 own(checkpoint)
                 if entry is not None:
                     not_held = tracker.not_held_by(checkpoint.get("state_dict", {}), place=0)
-                    missing = [name for name in not_held if name not in entry["average"]]
+                    missing = lacking(entry, not_held)
                 if "state_dict" in checkpoint:
                     checkpoint["state_dict"] = lasting(checkpoint["state_dict"], tracker.weights.returning())
             if entry is not None:  # not during the swap, in which averages may lie in the module's own storage
                 names = sharded_files.agreed(trainer, tracker, missing)
                 if names:
-                    entry["average"].update((name, t) for name, t in tracker.named_tensors(0) if name in names)
+                    add_averages(entry, {name: t for name, t in tracker.named_tensors(0) if name in names})
         if entry is not None and tracker.sharded:
             sharded_files.store(trainer, checkpoint, entry)
 
@@ -138,9 +164,11 @@ class Checkpointing:
             sharded_files.check(trainer, checkpoint, checkpoint.get("callbacks", {}).get(self._key))
             return False
         holder.forget()
-        entry, others = find(checkpoint, self._key), foreign(checkpoint)
-        if entry is not None:
-            sharded_files.fetch(trainer, pl_module, checkpoint, entry)
+        stored, others = find(checkpoint, self._key), foreign(checkpoint)
+        entry = None
+        if stored is not None:
+            sharded_files.fetch(trainer, pl_module, checkpoint, stored)
+            entry = read(stored, CallbackEntry)
         if entry is None and others is None:
             holder.say("the checkpoint holds no average; it starts from its weights.")
             if not holder.clock.steps.held:
@@ -149,7 +177,7 @@ class Checkpointing:
         tracker = holder.require()
         if entry is not None:
             self._resume(entry)
-            if changed := changes(entry, holder.settings.describe()):
+            if changed := changes(entry.config, holder.settings.describe()):
                 holder.warn(other_settings(changed))
             holder.say(resumed(tracker.num_steps, tracker.num_updates))
         elif others is not None:
@@ -169,34 +197,37 @@ class Checkpointing:
             tracker.weights.store()
         own(checkpoint)
 
-    def _resume(self, entry: dict[str, Any]) -> None:
+    def _resume(self, entry: CallbackEntry) -> None:
         holder, tracker = self._holder, self._holder.require()
-        state, live = unpack(entry, Survey(tracker.module).tensors)
-        if holder.average is not None:
-            holder.average.load_state_dict(state)
-        holder.clock.resume(entry)
+        resume(tracker, entry, Survey(tracker.module).tensors)
+        holder.clock.resume(entry.steps_before, entry.pace)
         if holder.settings.evaluation.select is not None:
-            tracker.holds.selected, self._passes.num_selections = entry.get("chosen", 0), entry.get("choices", 0)
-        if tracker.holds.estimates and "recalibrated_at" in entry:
-            of_file = {name: tensor.clone() for name, tensor in statistics_of(tracker.module).items()}
-            others = [Estimate(each["at"], _cloned(each["statistics"])) for each in entry.get("recalibrated", ())]
-            known = [Estimate(entry["recalibrated_at"], of_file), *others]
-            tracker.holds.estimates[: len(known)] = known
-        write(live, tracker.module)
+            tracker.holds.selected, self._passes.num_selections = entry.selected, entry.num_selections
+        if tracker.holds.estimates and entry.recalibrated is not None:
+            of_file = statistics_of(tracker.module)  # those of the first average lie in state_dict
+            for place, kept in enumerate(entry.recalibrated):
+                statistics = kept.statistics if place > 0 else of_file
+                tracker.holds.estimates[place] = Estimate(kept.at, {name: t.clone() for name, t in statistics.items()})
+        write_into(entry.live, tracker.module)
 
     def _adopt(self, steps: int, updates: int, live: dict[str, Tensor]) -> None:
-        """Takes up an average of Lightning's ``WeightAveraging``; one without an update is none yet."""
-        average, tracker = self._holder.average, self._holder.require()
-        if updates > 0 and average is not None:
-            counters = {"num_steps": steps, "num_updates": updates, "last_update_step": steps}
-            began = {"started": True, "start_step": 0}  # also where this callback's own start would come later
+        """Takes over an average of Lightning's ``WeightAveraging``; one without an update is none yet."""
+        tracker = self._holder.require()
+        if updates > 0:
             loaded = dict(tracker.named_live())  # the file's average
-            averages = {"average": loaded, "others": [loaded for _ in tracker.schedules[1:]], "origin": loaded}
-            average.load_state_dict({**average.state_dict(), **counters, **began, **averages})
+            state = replace(
+                gather(tracker),
+                num_steps=steps,
+                num_updates=updates,
+                last_update_step=steps,
+                started=True,
+                start_step=0,  # also where this callback's own start would come later
+                names=tuple(loaded),
+                average=loaded,
+                further=tuple(loaded for _ in tracker.schedules[1:]),
+                origin=loaded,
+            )
+            resume(tracker, state)
         tracker.module.load_state_dict(live, strict=False)
         if updates == 0 and tracker.started:
             tracker.start()
-
-
-def _cloned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in tensors.items()}

@@ -15,7 +15,7 @@ from lightning_ema.averaging.settings import Buffers, OnNonfinite
 from lightning_ema.averaging.tracker import Tracker
 from lightning_ema.averaging.weight_average import WeightAverage
 from lightning_ema.callback import messages
-from lightning_ema.callback.beside import check_beside, check_evaluates_alone, warn_of_monitors
+from lightning_ema.callback.beside import check_beside, check_no_overlap, warn_of_monitors
 from lightning_ema.callback.checkpointing import Checkpointing
 from lightning_ema.callback.holder import Holder
 from lightning_ema.callback.reporting import log, say_at_end
@@ -161,7 +161,7 @@ class EMACallback(Callback):
             self._holder.say(messages.introduction(self._settings.average.decays, sizes))
         self._holder.count()
         self._holder.check_processes(trainer)
-        check_evaluates_alone(self._holder.require())
+        check_no_overlap(self._holder.require())
         warn_of_monitors(trainer, self._holder, self._passes)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -244,7 +244,7 @@ class EMACallback(Callback):
         try:
             self._swap_out()
             if fitting:
-                holder.update_alone()
+                holder.update_without_others()
         except (RuntimeError, FloatingPointError) as error:  # the exception under way matters more
             holder.warn(str(error))
         finally:

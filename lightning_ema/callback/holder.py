@@ -87,7 +87,7 @@ class Holder:
         if self.tracker is not None and self.before_forget is not None:
             self.before_forget()
         self.average = self.tracker = None
-        self.clock.resume({})
+        self.clock.resume()
         self._said_skips = False
 
     def of(self, pl_module: LightningModule) -> Tracker | None:
@@ -152,7 +152,7 @@ class Holder:
                 "all further ones like it. The report after fit counts them."
             )
 
-    def update_alone(self) -> None:
+    def update_without_others(self) -> None:
         """The same after an exception, where that waits for no other process.
 
         Of sharded tensors all processes must say if they are finite, and write a snapshot.

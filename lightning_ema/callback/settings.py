@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from lightning_ema.averaging.settings import Buffers, OnNonfinite, Recalibrate, Settings
-from lightning_ema.checks import check_choice, check_count, check_flag
+from lightning_ema.checks import check_count, check_flag, check_one_of
 from lightning_ema.evaluation.settings import Evaluate, Evaluation
 from lightning_ema.posthoc.snapshots import Snapshots, check_schedule
 from lightning_ema.schedules.base import Schedule
@@ -70,7 +70,7 @@ class CallbackSettings:
         )
         _check_start_epoch(start_epoch)
         check_flag(shard, "shard")
-        check_choice(after_fit, "after_fit", get_args(AfterFit))
+        check_one_of(after_fit, "after_fit", get_args(AfterFit))
         if snapshots is not None and not isinstance(snapshots, Snapshots):
             raise TypeError(f"snapshots is {snapshots!r}; it must be Snapshots, such as Snapshots(every_n_steps=1000).")
         for schedule in average.decays if snapshots is not None else ():
@@ -105,7 +105,7 @@ class CallbackSettings:
 def _recalibrate(buffers: Buffers) -> Recalibrate | None:
     if isinstance(buffers, Recalibrate):
         return buffers
-    check_choice(buffers, "buffers", ("average", "copy", "recalibrate"))
+    check_one_of(buffers, "buffers", ("average", "copy", "recalibrate"))
     return Recalibrate() if buffers == "recalibrate" else None
 
 

@@ -35,17 +35,19 @@ def agreed(trainer: Trainer, tracker: Tracker, missing: list[str]) -> list[str]:
 
 def fetch(trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any], entry: dict[str, Any]) -> None:
     """Brings the sharded tensors that an entry notes back into it."""
-    if "sharded" in entry:
-        slot = sharded_checkpoint.in_slot(entry, checkpoint)
+    note = sharded_checkpoint.note_of(entry)
+    if note is not None:
+        slot = sharded_checkpoint.in_slot(note, checkpoint)
         if slot is None:
-            slot = sharded_checkpoint.read(entry, _folder(trainer), Survey(module).tensors)
+            slot = sharded_checkpoint.read(note, _folder(trainer), Survey(module).tensors)
         sharded_checkpoint.put_back(entry, slot)
 
 
 def check(trainer: Trainer, checkpoint: dict[str, Any], entry: dict[str, Any] | None) -> None:
     """Refuse a folder in which the shards of several saves lie beside one another."""
-    if entry is not None and "sharded" in entry and sharded_checkpoint.in_slot(entry, checkpoint) is None:
-        sharded_checkpoint.check(entry, _folder(trainer))
+    note = sharded_checkpoint.note_of(entry)
+    if note is not None and sharded_checkpoint.in_slot(note, checkpoint) is None:
+        sharded_checkpoint.check(note, _folder(trainer))
 
 
 def _folder(trainer: Trainer) -> Path:

@@ -20,11 +20,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ema.checkpoint.state import tensor_sets
+from lightning_ema.checkpoint.checks import shown
+from lightning_ema.checkpoint.entry import KEYS, check_format, damaged, tensor_sets
 from lightning_ema.distributed.base import cut_of
 from lightning_ema.distributed.dtensor import one_of_each_process
 
 Slot = dict[str, Any]
+_NOTE = "sharded"  # the key of the entry that says which tensors lie beside it
+
+
+def note_of(entry: object) -> dict[str, Any] | None:
+    """What an entry notes of tensors that lie beside it; None where all are in it.
+
+    It is read before the entry, whose tensors it leads to.
+
+    Raises:
+        ValueError: another format, or the note is damaged.
+    """
+    if not isinstance(entry, dict) or _NOTE not in entry:
+        return None
+    check_format(entry)
+    if problems := [*KEYS[_NOTE].kind.problems(_NOTE, entry[_NOTE])]:
+        raise damaged(problems)
+    note: dict[str, Any] = entry[_NOTE]
+    return note
 
 
 def gather(entry: dict[str, Any], keep: bool) -> None:
@@ -55,18 +74,17 @@ def set_apart(entry: dict[str, Any], slot_name: str, save_id: int) -> Slot:
             del tensors[name]
     dtypes = {kind: {name: str(t.dtype).removeprefix("torch.") for name, t in ts.items()} for kind, ts in slot.items()}
     stamp = one_of_each_process(save_id, [tensor for tensors in slot.values() for tensor in tensors.values()])
-    entry["sharded"] = {"slot": slot_name, "save_id": save_id, "processes": stamp.numel(), "dtypes": dtypes}
+    entry[_NOTE] = {"slot": slot_name, "save_id": save_id, "processes": stamp.numel(), "dtypes": dtypes}
     return {**slot, "save_id": stamp}
 
 
-def read(entry: dict[str, Any], folder: Path, model: dict[str, Tensor]) -> Slot:
-    """Reads the slot that an entry notes, cut as the module's tensors are now.
+def read(note: dict[str, Any], folder: Path, model: dict[str, Tensor]) -> Slot:
+    """Reads the slot of a note, cut as the module's tensors are now.
 
     Raises:
         ValueError: the folder holds shards of several saves.
     """
-    note = entry["sharded"]
-    check(entry, folder)
+    check(note, folder)
     slot: Slot = {
         kind: {
             name: cut_of(model[name]).empty_like(model[name], getattr(torch, dtype), model[name].device)
@@ -79,13 +97,12 @@ def read(entry: dict[str, Any], folder: Path, model: dict[str, Tensor]) -> Slot:
     return slot
 
 
-def check(entry: dict[str, Any], folder: Path) -> None:
+def check(note: dict[str, Any], folder: Path) -> None:
     """Refuse a folder in which the shards of several saves lie beside one another.
 
     Raises:
         ValueError: naming it.
     """
-    note = entry["sharded"]
     stamp = torch.zeros(note["processes"], dtype=torch.int64)
     _load({note["slot"]: {"save_id": stamp}}, folder)
     _check_stamp(stamp, note, str(folder))
@@ -106,15 +123,17 @@ def _check_stamp(stamp: Tensor, note: dict[str, Any], where: str) -> None:
         )
 
 
-def in_slot(entry: dict[str, Any], checkpoint: dict[str, Any]) -> Slot | None:
-    """The slot that an entry notes where it stands in the checkpoint itself, as in a consolidated file.
+def in_slot(note: dict[str, Any], checkpoint: dict[str, Any]) -> Slot | None:
+    """The slot of a note where it stands in the checkpoint itself, as in a consolidated file.
 
     Raises:
         ValueError: the folder that was consolidated held the shards of several saves.
     """
-    slot: Slot | None = checkpoint.get(entry["sharded"]["slot"])
+    slot: Slot | None = checkpoint.get(note["slot"])
     if slot is not None:
-        _check_stamp(slot["save_id"], entry["sharded"], "the checkpoint")
+        if not isinstance(slot, dict) or not isinstance(slot.get("save_id"), Tensor):
+            raise damaged([f"{note['slot']} is {shown(slot)}; accepted are the shards of an average"])
+        _check_stamp(slot["save_id"], note, "the checkpoint")
     return slot
 
 
@@ -145,8 +164,8 @@ def whole(folder: Path, trust: bool = False) -> dict[str, Any]:
             "is no checkpoint of a Trainer."
         )
     content: dict[str, Any] = torch.load(folder / _REST, map_location="cpu", weights_only=not trust)
-    notes = [e["sharded"] for e in content.get("callbacks", {}).values() if isinstance(e, dict) and "sharded" in e]
-    wanted = {"state_dict", *(note["slot"] for note in notes)}
+    notes = [note_of(entry) for entry in content.get("callbacks", {}).values()]
+    wanted = {"state_dict", *(note["slot"] for note in notes if note is not None)}
     tensors: dict[str, Any] = {}
     metadata = FileSystemReader(folder).read_metadata()
     for key, (first, *rest) in metadata.planner_data.items():

@@ -121,12 +121,12 @@ def pack(
             {
                 _CONFIG: dict(average.config),
                 _STRETCHES: average.history.state_dict()[_STRETCHES],
-                _TENSORS: {name: _alone(tensor, keep) for name, tensor in average.tensors},
+                _TENSORS: {name: _copied(tensor, keep) for name, tensor in average.tensors},
             }
             for average in averages
         ],
         _ENTRIES: [[entry.key, entry.name, str(entry.dtype).removeprefix("torch.")] for entry in entries],
-        _REST: {entry.key: _alone(tensors[entry.key], keep) for entry in entries if not entry.name},
+        _REST: {entry.key: _copied(tensors[entry.key], keep) for entry in entries if not entry.name},
     }
 
 
@@ -226,7 +226,7 @@ def _entries(module: nn.Module, averages: Set[str], tensors: Mapping[str, Tensor
     return entries
 
 
-def _alone(tensor: Tensor, keep: bool) -> Tensor:
+def _copied(tensor: Tensor, keep: bool) -> Tensor:
     """The whole tensor on the CPU, without the rest of a larger storage that it may be a view into."""
     tensor = cut_of(tensor).gathered(tensor.detach())
     if not keep:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lightning_ema.interop.convert import READERS, Form, describe, read, write
-from lightning_ema.interop.imported import Found
+from lightning_ema.interop.imported import Imported
 
 
 def add_to(commands: Any) -> None:
@@ -47,17 +47,17 @@ def run(given: argparse.Namespace) -> str:
         raise ValueError(f"{target} is the file that is read, and is not written to. Give another with --out.")
     if not target.parent.is_dir():
         raise ValueError(f"{target.parent} is no folder. Make it, or give another file with --out.")
-    found = read(given.file, like=given.like, live=given.live, system=given.system, allow_code=given.allow_code)
-    path = write(found, target, given.form, steps=given.steps, name=given.name)
+    imported = read(given.file, like=given.like, live=given.live, system=given.system, allow_code=given.allow_code)
+    path = write(imported, target, given.form, steps=given.steps, name=given.name)
     resumes = given.form == "lightning"
-    alone = ["training goes on from the average"] if resumes and not found.live else []
-    named = [_names_as_they_are(found)] if resumes and given.like is None and not found.checkpoint else []
-    return "\n".join([describe(found, given.steps), *alone, *named, str(path)])
+    alone = ["training goes on from the average"] if resumes and not imported.live else []
+    named = [_names_as_they_are(imported)] if resumes and given.like is None and not imported.checkpoint else []
+    return "\n".join([describe(imported, given.steps), *alone, *named, str(path)])
 
 
-def _names_as_they_are(found: Found) -> str:
+def _names_as_they_are(imported: Imported) -> str:
     """A remark on a file whose names may be those of a network inside the LightningModule."""
-    first = next(iter(found.weights))
+    first = next(iter(imported.weights))
     return (
         f"names: {first}, ... as in the file. Where those of the LightningModule have more in front, such as "
         f"net.{first}, add --like FILE, any checkpoint or state_dict of it"

@@ -45,11 +45,11 @@ def run(given: argparse.Namespace) -> str:
     """Runs the command; gives what to print."""
     score = read_function(given.score)
     figure = None if given.plot is None else empty_figure(given.plot, (7, 4))
-    found = snapshots_of_one_run(given.snapshots[0] if len(given.snapshots) == 1 else given.snapshots)
-    wanted = candidates(found) if given.profiles is None else list(map(read_schedule, given.profiles))
+    snapshots = snapshots_of_one_run(given.snapshots[0] if len(given.snapshots) == 1 else given.snapshots)
+    wanted = candidates(snapshots) if given.profiles is None else list(map(read_schedule, given.profiles))
     for schedule in wanted:
         check_schedule(schedule)
-    combinations = [combine(found, schedule, given.at_step) for schedule in dict.fromkeys(wanted)]
+    combinations = [combine(snapshots, schedule, given.at_step) for schedule in dict.fromkeys(wanted)]
     refusals = [refusal(each) for each in combinations]
     possible = [each for each, refused in zip(combinations, refusals, strict=True) if refused is None]
     left_out = [repr(each.schedule) for each, refused in zip(combinations, refusals, strict=True) if refused]
@@ -60,13 +60,13 @@ def run(given: argparse.Namespace) -> str:
         number = score_of(score, given.score, put_together(combination).weights)
         scored.append(Scored(combination.schedule, age_of(combination), combination.residual, number))
         print(f"{combination.schedule!r}: {number:.6g}", file=sys.stderr)  # scoring may take its time
-    chosen = best(scored, given.mode)
-    lines = table(scored, chosen)
+    best_one = best(scored, given.mode)
+    lines = table(scored, best_one)
     if left_out:
         lines += ["", f"cannot be put together from these snapshots: {', '.join(left_out)}"]
-    lines += ["", *conclusions(scored, chosen, given.mode, found[-1], possible[0].step)]
+    lines += ["", *conclusions(scored, best_one, given.mode, snapshots[-1], possible[0].step)]
     if figure is not None:
-        draw(figure, scored, chosen, given.score)
+        draw(figure, scored, best_one, given.score)
         figure.savefig(given.plot, dpi=100)
         lines.append(f"the curve: {given.plot}")
     return "\n".join(lines)
@@ -101,12 +101,12 @@ def score_of(score: Score, name: str, weights: dict[str, Tensor]) -> float:
         raise ValueError(f"--score {name!r} gave {given!r}; it must give one number, such as a loss.") from error
 
 
-def draw(figure: Any, scored: Sequence[Scored], chosen: Scored, label: str) -> None:
+def draw(figure: Any, scored: Sequence[Scored], best_one: Scored, label: str) -> None:
     """The score over the mean age."""
     shown = sorted(scored, key=lambda each: each.mean_age)
     axes = figure.subplots()
     axes.plot([each.mean_age for each in shown], [each.score for each in shown], marker=".", linewidth=1.4)
-    axes.plot([chosen.mean_age], [chosen.score], marker="o", label=f"best: {chosen.schedule!r}")
+    axes.plot([best_one.mean_age], [best_one.score], marker="o", label=f"best: {best_one.schedule!r}")
     axes.set(xlabel="mean age of what is averaged, in steps", ylabel=label)
     if shown[0].mean_age > 0:
         axes.set_xscale("log")

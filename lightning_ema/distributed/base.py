@@ -1,6 +1,6 @@
 """How a tensor and its averages are cut among processes: what the engine asks, and the one place that answers for whom.
 
-A further way of cutting is one file in this folder: a class with the methods of :class:`FoundCut`, and
+A further way of cutting is one file in this folder: a class with the methods of :class:`RecognizedCut`, and
 ``register(TheClass())`` below it. The strategy of Lightning that needs it gets a row in ``trainer/strategies.py``.
 """
 
@@ -81,7 +81,7 @@ class Cut(Protocol):
         """
 
 
-class FoundCut(Cut, Protocol):
+class RecognizedCut(Cut, Protocol):
     """A way in which something else has cut the module's own tensors, and which is recognized by them."""
 
     def takes(self, tensor: Tensor) -> bool:
@@ -94,13 +94,13 @@ class FoundCut(Cut, Protocol):
         """
 
 
-_FOUND: list[FoundCut] = []
+_RECOGNIZED: list[RecognizedCut] = []
 _WHOLE: Cut = Whole()
 
 
-def register(cut: FoundCut) -> None:
+def register(cut: RecognizedCut) -> None:
     """Lets :func:`cut_of` and :func:`reshards_of` ask it, too."""
-    _FOUND.append(cut)
+    _RECOGNIZED.append(cut)
 
 
 def cut_of(live: Tensor, partition: Cut | None = None) -> Cut:
@@ -111,7 +111,7 @@ def cut_of(live: Tensor, partition: Cut | None = None) -> Cut:
         partition: how the averages of a tensor that is whole in every process are to be split among them
             (``shard=True``); None to keep them whole as well.
     """
-    for cut in _FOUND:
+    for cut in _RECOGNIZED:
         if cut.takes(live):
             return cut
     return _WHOLE if partition is None else partition
@@ -130,4 +130,4 @@ def same_cut(first: Tensor, second: Tensor) -> bool:
 
 def reshards_of(module: nn.Module) -> list[Callable[[], None]]:
     """What makes a module show the tensors that an optimizer trains; nothing where it always shows them."""
-    return [reshard for cut in _FOUND for reshard in cut.reshards(module)]
+    return [reshard for cut in _RECOGNIZED for reshard in cut.reshards(module)]

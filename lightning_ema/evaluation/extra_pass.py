@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_ema.evaluation.module_state import Aside
+from lightning_ema.evaluation.module_state import ModuleState
 from lightning_ema.trainer.evaluation_loop import (
     Result,
     check_loop,
@@ -33,7 +33,7 @@ from lightning_ema.trainer.strategies import check_extra_pass
 class Begun:
     """What an evaluation finds when it begins, and a further pass is to find again. Made by :func:`begin`."""
 
-    module: Aside
+    module: ModuleState
     random: RandomStates
     metrics: Any
     buffers_due: bool
@@ -54,7 +54,7 @@ def check(trainer: Trainer, asked: str) -> None:
 
 
 def begin(trainer: Trainer, pl_module: LightningModule) -> Begun:
-    """To be called in ``on_validation_start`` or ``on_test_start``, before the module is lent other weights.
+    """To be called in ``on_validation_start`` or ``on_test_start``, before other weights are swapped in.
 
     What the first pass gathers in the module afterwards is kept out of the second one, which begins here, too.
 
@@ -73,7 +73,7 @@ def begin(trainer: Trainer, pl_module: LightningModule) -> Begun:
     lightnings_own = vars(LightningModule()).keys() - vars(nn.Module()).keys()
     wrapper = _ddp(trainer)
     buffers_due = wrapper is not None and wrapper.require_forward_param_sync
-    return Begun(Aside(pl_module, lightnings_own), RandomStates(owners), metrics_of(trainer), buffers_due)
+    return Begun(ModuleState(pl_module, lightnings_own), RandomStates(owners), metrics_of(trainer), buffers_due)
 
 
 def evaluate_again(

@@ -55,7 +55,7 @@ _ATOMS = (
 )
 
 
-class Aside:
+class ModuleState:
     """All that an evaluation may write to in a module, as it was when this was made.
 
     That is, for the module and its submodules: buffers, plain attributes (numbers, lists, dicts, sets, deques, tensors,
@@ -68,7 +68,7 @@ class Aside:
     as optimizers, threads, files and iterators, nor objects that hold such; not memory-mapped arrays.
 
     Objects keep their identity: the *contents* of a container, the *values* of a tensor are put back. A tensor that
-    lies in another storage by then belongs to weights that were lent meanwhile; it is left as it is.
+    lies in another storage by then belongs to weights that were swapped in meanwhile; it is left as it is.
 
     Memory: a copy of every buffer and tensor found, as they are when an evaluation begins; what an evaluation gathers
     is not copied.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from lightning_ema.checks import check_choice, check_count, check_flag
+from lightning_ema.checks import check_count, check_flag, check_one_of
 
 Mode = Literal["min", "max"]
 Weights = Literal["average", "live", "both", "all"]
@@ -41,7 +41,7 @@ class Select:
     def __post_init__(self) -> None:
         if not isinstance(self.metric, str) or not self.metric:
             raise ValueError(f"Select: metric is {self.metric!r}; it must be the name of a metric, such as 'val_loss'.")
-        check_choice(self.mode, "Select: mode", get_args(Mode))
+        check_one_of(self.mode, "Select: mode", get_args(Mode))
         check_count(self.every, "Select: every", at_least=1)
         check_flag(self.live, "Select: live")
 

@@ -2,6 +2,6 @@
 
 from lightning_ema.interop.convert import READERS, as_checkpoint, describe, read, recognise, write
 from lightning_ema.interop.export import export_average
-from lightning_ema.interop.imported import Found
+from lightning_ema.interop.imported import Imported
 
-__all__ = ["READERS", "Found", "as_checkpoint", "describe", "export_average", "read", "recognise", "write"]
+__all__ = ["READERS", "Imported", "as_checkpoint", "describe", "export_average", "read", "recognise", "write"]

@@ -12,11 +12,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_ema.checkpoint.entry import STATE_KEY_PREFIX, pack, state_key
-from lightning_ema.checkpoint.state import FORMAT
-from lightning_ema.checks import check_choice, check_count
+from lightning_ema.checkpoint.entry import STATE_KEY_PREFIX, CallbackEntry, state_key, stored_average
+from lightning_ema.checkpoint.entry import write as write_entry
+from lightning_ema.checks import check_count, check_one_of
 from lightning_ema.interop.export import write_weights
-from lightning_ema.interop.imported import Content, Found, Reader, Weights, callbacks_of, state_of, tensors
+from lightning_ema.interop.imported import Content, Imported, Reader, Weights, callbacks_of, state_of, tensors
 from lightning_ema.interop.naming import named_in_order, renamed
 from lightning_ema.interop.read_lightning import (
     lit_ema,
@@ -28,6 +28,7 @@ from lightning_ema.interop.read_lightning import (
 from lightning_ema.interop.read_openmmlab import mean_teacher, mmdet2, mmdet2_mid_epoch, mmengine
 from lightning_ema.interop.read_pytorch import averaged_model, diffusers, ema_pytorch, timm, torch_ema, yolo
 from lightning_ema.modules.named_tensors import without_wrappers
+from lightning_ema.schedules.history import History
 
 Form = Literal["lightning", "weights"]
 
@@ -64,7 +65,7 @@ def read(
     live: str | Path | Content | None = None,
     system: str | None = None,
     allow_code: bool = False,
-) -> Found:
+) -> Imported:
     """The average in another system's file.
 
     Args:
@@ -82,35 +83,35 @@ def read(
         ModuleNotFoundError: a file needs a package that is not installed.
     """
     content = _load(file, allow_code)
-    found = recognise(content, str(file) if isinstance(file, (str, Path)) else "", system)
-    if not found.weights and not found.unnamed:
-        raise ValueError(f"{found.because}; but there is no tensor in it.")
-    if found.steps == 0 or found.updates == 0:
+    imported = recognise(content, str(file) if isinstance(file, (str, Path)) else "", system)
+    if not imported.weights and not imported.unnamed:
+        raise ValueError(f"{imported.because}; but there is no tensor in it.")
+    if imported.steps == 0 or imported.updates == 0:
         raise ValueError(
-            f"{found.because}; but from before its first update: it holds no average yet. Take a later file."
+            f"{imported.because}; but from before its first update: it holds no average yet. Take a later file."
         )
     if like is not None:
         other = _load(like, allow_code)
-        found = _fitted(found, _model(other, like), _about(other))
-    elif found.unnamed:
+        imported = _fitted(imported, _model(other, like), _about(other))
+    elif imported.unnamed:
         raise ValueError(
-            f"{found.because}: the averages have no names. Give the model's with --like FILE (in Python like=...): a "
-            "state_dict of the model, or a checkpoint that has one."
+            f"{imported.because}: the averages have no names. Give the model's with --like FILE (in Python like=...): "
+            "a state_dict of the model, or a checkpoint that has one."
         )
     if live is not None:
-        found = replace(found, live=renamed(_model(_load(live, allow_code), live), found.weights))
-    _check(found)
-    return found
+        imported = replace(imported, live=renamed(_model(_load(live, allow_code), live), imported.weights))
+    _check(imported)
+    return imported
 
 
-def recognise(content: Content, path: str = "", system: str | None = None) -> Found:
+def recognise(content: Content, path: str = "", system: str | None = None) -> Imported:
     """What a file's content holds, from its keys and, for NeMo, from its path.
 
     Raises:
         ValueError: no system is recognised, or several.
     """
     if system is not None:
-        check_choice(system, "system", tuple(READERS))
+        check_one_of(system, "system", tuple(READERS))
     if any(str(key).startswith(STATE_KEY_PREFIX) for key in callbacks_of(content)):
         raise ValueError(
             "the checkpoint is lightning_ema's own: EMACallback resumes from it as it is, and "
@@ -120,15 +121,15 @@ def recognise(content: Content, path: str = "", system: str | None = None) -> Fo
     places = [("", content)]
     places += [(f"under {k!r}: ", v) for k, v in content.items() if isinstance(v, Mapping) and k not in _PARTS]
     results = [(where, _read_by(reader, part)) for where, part in places for reader in readers.values()]
-    found = [replace(one, because=where + one.because) for where, one in results if one is not None]
-    if not found and path.endswith("-EMA.ckpt") and system in (None, "nemo"):
-        found = nemo_by_name(content)
-    if len(found) > 1:
+    imported = [replace(one, because=where + one.because) for where, one in results if one is not None]
+    if not imported and path.endswith("-EMA.ckpt") and system in (None, "nemo"):
+        imported = nemo_by_name(content)
+    if len(imported) > 1:
         raise ValueError(
             "the file can be read in several ways; choose with --system NAME (in Python system=...):\n  "
-            + "\n  ".join(f"{one.system}: {one.because}" for one in found)
+            + "\n  ".join(f"{one.system}: {one.because}" for one in imported)
         )
-    if not found:
+    if not imported:
         shown = [str(key) for key in content]
         inside = [str(key) for key in state_of(content)] if state_of(content) is not content else []
         raise ValueError(
@@ -136,14 +137,14 @@ def recognise(content: Content, path: str = "", system: str | None = None) -> Fo
             f"{_list(shown)}{f'; in state_dict: {_list(inside)}' if inside else ''}. Known are:\n  "
             + "\n  ".join(f"{name}: {_summary(reader)}" for name, reader in READERS.items())
         )
-    return found[0]
+    return imported[0]
 
 
-def write(found: Found, path: str | Path, form: Form, *, steps: int | None = None, name: str = "ema") -> Path:
+def write(imported: Imported, path: str | Path, form: Form, *, steps: int | None = None, name: str = "ema") -> Path:
     """Writes an average that was read.
 
     Args:
-        found: what :func:`read` gave.
+        imported: what :func:`read` gave.
         path: ``weights``: a ``.safetensors`` or ``.pt`` file. ``lightning``: any file.
         form: ``"weights"``: the averaged ``state_dict`` alone. ``"lightning"``: a checkpoint from which a Trainer with
             an ``EMACallback`` goes on, and which any Trainer tests.
@@ -156,72 +157,74 @@ def write(found: Found, path: str | Path, form: Form, *, steps: int | None = Non
     Raises:
         ValueError: the number of steps is needed and not known.
     """
-    check_choice(form, "form", get_args(Form))
-    known = found.steps if steps is None else steps
+    check_one_of(form, "form", get_args(Form))
+    known = imported.steps if steps is None else steps
     if form == "weights":
-        text = {"average": found.system, "steps": "" if known is None else str(known), "decay": found.decay}
-        return write_weights(found.weights, path, {key: value for key, value in text.items() if value})
+        text = {"average": imported.system, "steps": "" if known is None else str(known), "decay": imported.decay}
+        return write_weights(imported.weights, path, {key: value for key, value in text.items() if value})
     if known is None:
         raise ValueError(
-            f"the file of {found.system} does not say how many steps its average has seen, and a warm-up that began "
+            f"the file of {imported.system} does not say how many steps its average has seen, and a warm-up that began "
             "anew would wipe it out. Give them: --steps N (in Python steps=N)."
         )
     check_count(known, "steps", at_least=1)
-    torch.save(as_checkpoint(found, known, name), path)
+    torch.save(as_checkpoint(imported, known, name), path)
     return Path(path)
 
 
-def as_checkpoint(found: Found, steps: int, name: str = "ema") -> dict[str, Any]:
+def as_checkpoint(imported: Imported, steps: int, name: str = "ema") -> dict[str, Any]:
     """A Lightning checkpoint whose ``state_dict`` is the average, with the entry from which ``EMACallback`` resumes.
 
     Epoch, optimizers and loops are those of the file where it was Lightning's; otherwise training begins at its first
     epoch, with the average, its counters and the live weights in place.
     """
-    averaged = {without_wrappers(n): t for n, t in found.weights.items() if t.is_floating_point() or t.is_complex()}
-    differing = [n for n, t in found.live.items() if not torch.equal(t, found.weights[n].to(t.dtype))]
-    state = {
-        "format": FORMAT,
-        "num_steps": steps,
-        "num_updates": found.updates or steps,
-        "num_skipped": 0,
-        "last_update_step": steps,
-        "start_step": 0,
-        "started": True,
-        "config": {"decay": found.decay} if found.decay else {},
-        "average": averaged,
-        "others": [],
-    }
-    live = {without_wrappers(name): found.live[name] for name in differing}
-    model = averaged | {without_wrappers(name): tensor for name, tensor in found.live.items()}
-    entry = pack(state, live, model, in_state_dict=True)
-    entry["steps_before"] = 0 if "global_step" in found.checkpoint else steps  # whether the trainer counts them, too
+    averaged = {without_wrappers(n): t for n, t in imported.weights.items() if t.is_floating_point() or t.is_complex()}
+    differing = [n for n, t in imported.live.items() if not torch.equal(t, imported.weights[n].to(t.dtype))]
+    model = averaged | {without_wrappers(name): tensor for name, tensor in imported.live.items()}
+    entry = CallbackEntry(
+        num_steps=steps,
+        num_updates=imported.updates or steps,
+        num_skipped=0,
+        last_update_step=steps,
+        start_step=0,
+        started=True,
+        config={"decay": imported.decay} if imported.decay else {},
+        names=tuple(averaged),
+        average=stored_average(averaged, model),
+        further=(),
+        origin={},
+        histories=(History(),),
+        biases=(0.0,),
+        steps_before=0 if "global_step" in imported.checkpoint else steps,  # whether the trainer counts them, too
+        live={without_wrappers(name): imported.live[name] for name in differing},
+    )
     begun = {"epoch": 0, "global_step": 0, "optimizer_states": [], "lr_schedulers": [], "callbacks": {}}
-    checkpoint = {"pytorch-lightning_version": _lightning_version(), **begun, **found.checkpoint}
-    callbacks = {**checkpoint["callbacks"], state_key(name): entry}
+    checkpoint = {"pytorch-lightning_version": _lightning_version(), **begun, **imported.checkpoint}
+    callbacks = {**checkpoint["callbacks"], state_key(name): write_entry(entry)}
     other = {k: v for k, v in checkpoint.get("state_dict", {}).items() if not isinstance(v, Tensor)}  # extra states
-    return {**checkpoint, "state_dict": {**other, **found.weights}, "callbacks": callbacks}
+    return {**checkpoint, "state_dict": {**other, **imported.weights}, "callbacks": callbacks}
 
 
-def describe(found: Found, steps: int | None = None) -> str:
-    """What was found and why, and what a reader should know, line by line.
+def describe(imported: Imported, steps: int | None = None) -> str:
+    """What was imported and why, and what a reader should know, line by line.
 
     Args:
-        found: what :func:`read` gave.
+        imported: what :func:`read` gave.
         steps: those given to :func:`write`, which count instead of what the file says.
     """
-    floats = {str(t.dtype).removeprefix("torch.") for t in found.weights.values() if t.is_floating_point()}
-    counted = "unknown to the file" if found.steps is None else f"{found.steps:,}"
-    counted = counted if steps is None else f"{steps:,}, from --steps ({counted}{' in it' if found.steps else ''})"
-    updates = "" if found.updates is None else f", updates {found.updates:,}"
+    floats = {str(t.dtype).removeprefix("torch.") for t in imported.weights.values() if t.is_floating_point()}
+    counted = "unknown to the file" if imported.steps is None else f"{imported.steps:,}"
+    counted = counted if steps is None else f"{steps:,}, from --steps ({counted}{' in it' if imported.steps else ''})"
+    updates = "" if imported.updates is None else f", updates {imported.updates:,}"
     lines = [
-        f"{found.system}: {found.because}",
-        f"average: {len(found.weights)} tensors, {', '.join(sorted(floats))}; steps {counted}{updates}",
-        f"live weights: {len(found.live)} tensors" if found.live else "live weights: none in the file",
+        f"{imported.system}: {imported.because}",
+        f"average: {len(imported.weights)} tensors, {', '.join(sorted(floats))}; steps {counted}{updates}",
+        f"live weights: {len(imported.live)} tensors" if imported.live else "live weights: none in the file",
     ]
-    return "\n".join([*lines, *found.notes])
+    return "\n".join([*lines, *imported.notes])
 
 
-def _read_by(reader: Reader, content: Content) -> Found | None:
+def _read_by(reader: Reader, content: Content) -> Imported | None:
     try:
         return reader(content)
     except (AttributeError, KeyError, TypeError) as error:
@@ -232,19 +235,19 @@ def _read_by(reader: Reader, content: Content) -> Found | None:
         ) from error
 
 
-def _fitted(found: Found, model: Weights, about: Content) -> Found:
+def _fitted(imported: Imported, model: Weights, about: Content) -> Imported:
     """What was found under the names of a model, with what the model has beyond it."""
-    weights = named_in_order(found.unnamed, model) if found.unnamed else renamed(found.weights, model)
-    same = weights.keys() <= found.weights.keys()
+    weights = named_in_order(imported.unnamed, model) if imported.unnamed else renamed(imported.weights, model)
+    same = weights.keys() <= imported.weights.keys()
     rest = {name: tensor for name, tensor in model.items() if name not in weights}
     taken = f"Taken from the model of --like, {len(rest)} tensors that the average does not hold: {_list(list(rest))}."
     return replace(
-        found,
+        imported,
         weights={name: weights.get(name, tensor) for name, tensor in model.items()},
-        live=renamed(found.live, model) if found.live else {},
+        live=renamed(imported.live, model) if imported.live else {},
         unnamed=(),
-        checkpoint={**about, **found.checkpoint} if same else about,
-        notes=(*found.notes, taken) if rest else found.notes,
+        checkpoint={**about, **imported.checkpoint} if same else about,
+        notes=(*imported.notes, taken) if rest else imported.notes,
     )
 
 
@@ -254,15 +257,15 @@ def _about(content: Content) -> dict[str, Any]:
     return {key: content[key] for key in keys if key in content}
 
 
-def _check(found: Found) -> None:
-    wrong = [f"{name}: not in the average" for name in found.live if name not in found.weights]
+def _check(imported: Imported) -> None:
+    wrong = [f"{name}: not in the average" for name in imported.live if name not in imported.weights]
     wrong += [
-        f"{name}: shape {tuple(tensor.shape)} live, {tuple(found.weights[name].shape)} averaged"
-        for name, tensor in found.live.items()
-        if name in found.weights and tensor.shape != found.weights[name].shape
+        f"{name}: shape {tuple(tensor.shape)} live, {tuple(imported.weights[name].shape)} averaged"
+        for name, tensor in imported.live.items()
+        if name in imported.weights and tensor.shape != imported.weights[name].shape
     ]
     if wrong:
-        raise ValueError(f"{found.system}: live weights and average do not fit:\n  " + "\n  ".join(wrong[:8]))
+        raise ValueError(f"{imported.system}: live weights and average do not fit:\n  " + "\n  ".join(wrong[:8]))
 
 
 def _model(content: Content, file: str | Path | Content) -> Weights:

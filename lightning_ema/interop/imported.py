@@ -16,7 +16,7 @@ STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class Imported:
     """The average in a file of another system.
 
     Attributes:
@@ -26,7 +26,7 @@ class Found:
         live: the live weights under the same names; empty where the file has none.
         unnamed: the averages of parameters in their order, in place of ``weights``, where the file has no names.
         steps: steps that the system counted; None where the file does not say.
-        updates: how often the average absorbed live weights; None: at each step.
+        updates: how often the average was updated; None: at each step.
         decay: the setting, as ``EMACallback`` would write it where it has the same; empty where the file does not say.
         checkpoint: a Lightning checkpoint without what belongs to the system, from which training can go on.
         notes: what a reader should know, a sentence each.
@@ -44,7 +44,7 @@ class Found:
     notes: tuple[str, ...] = ()
 
 
-Reader = Callable[[Content], Found | None]
+Reader = Callable[[Content], Imported | None]
 
 
 def state_of(content: Content) -> Content:

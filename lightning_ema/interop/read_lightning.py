@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_ema.checkpoint.entry import foreign
 from lightning_ema.interop.imported import (
     Content,
-    Found,
+    Imported,
     Weights,
     below,
     callbacks_of,
@@ -24,13 +24,13 @@ from lightning_ema.interop.imported import (
 )
 
 
-def weight_averaging(content: Content) -> Found | None:
+def weight_averaging(content: Content) -> Imported | None:
     """Lightning's ``WeightAveraging``: ``state_dict`` is the average, ``current_model_state`` live."""
     known = foreign(content)
     if known is None:
         return None
     steps, updates, live = known
-    return Found(
+    return Imported(
         "weight_averaging",
         "current_model_state and averaging_state, as Lightning's WeightAveraging writes them",
         tensors(content["state_dict"]),
@@ -41,7 +41,7 @@ def weight_averaging(content: Content) -> Found | None:
     )
 
 
-def stochastic_weight_averaging(content: Content) -> Found | None:
+def stochastic_weight_averaging(content: Content) -> Imported | None:
     """Lightning's ``StochasticWeightAveraging``: its callback state holds ``average_model_state``.
 
     Only parameters are averaged there; the buffers beside them are those of the start.
@@ -58,7 +58,7 @@ def stochastic_weight_averaging(content: Content) -> Found | None:
         )
     live = tensors(content["state_dict"])
     weights = {name: live[name] if is_statistic(name, live[name]) else t for name, t in tensors(average).items()}
-    return Found(
+    return Imported(
         "stochastic_weight_averaging",
         f"average_model_state and n_averaged = {updates} (epochs) in a callback's state, as Lightning's "
         "StochasticWeightAveraging writes them",
@@ -75,7 +75,7 @@ def stochastic_weight_averaging(content: Content) -> Found | None:
     )
 
 
-def lit_ema(content: Content) -> Found | None:
+def lit_ema(content: Content) -> Imported | None:
     """LitEma of the latent diffusion models: ``model_ema.<name without dots>`` beside the live weights."""
     state = tensors(state_of(content))
     ema = below("model_ema.", state)
@@ -85,7 +85,7 @@ def lit_ema(content: Content) -> Found | None:
     live = {name: tensor for name, tensor in state.items() if not name.startswith("model_ema.")}
     names = _undotted(ema, live)
     is_lightning = "pytorch-lightning_version" in content
-    return Found(
+    return Imported(
         "lit_ema",
         "model_ema.<name without dots> with model_ema.decay and model_ema.num_updates, as LitEma has them",
         {**live, **{names[short]: tensor for short, tensor in ema.items()}},
@@ -97,7 +97,7 @@ def lit_ema(content: Content) -> Found | None:
     )
 
 
-def nemo(content: Content) -> Found | None:
+def nemo(content: Content) -> Imported | None:
     """NeMo's ``<name>-EMA.ckpt``: ``state_dict`` is the average, and the optimizer's state holds it once more."""
     states = content.get("optimizer_states") or ()
     if not states or not all(isinstance(s, Mapping) and {"opt", "ema", "current_step"} <= s.keys() for s in states):
@@ -110,7 +110,7 @@ def nemo(content: Content) -> Found | None:
             "that was written with it, whose name ends in -EMA.ckpt; this one then goes with --live."
         )
     steps, every = int(states[0]["current_step"]), int(states[0].get("every_n_steps", 1))
-    return Found(
+    return Imported(
         "nemo",
         "opt, ema and current_step in the optimizer's state, as NeMo's EMA writes them, with ema equal to state_dict",
         weights,
@@ -121,7 +121,7 @@ def nemo(content: Content) -> Found | None:
     )
 
 
-def nemo_by_name(content: Content) -> list[Found]:
+def nemo_by_name(content: Content) -> list[Imported]:
     """A checkpoint whose name ends in ``-EMA.ckpt``, which NeMo gives to files with the average in ``state_dict``."""
     if not isinstance(content.get("state_dict"), Mapping):
         return []
@@ -129,7 +129,7 @@ def nemo_by_name(content: Content) -> list[Found]:
     steps = state.get("cur_step") if isinstance(state, Mapping) else None
     because = "the file's name ends in -EMA.ckpt, as NeMo names the file with the average in state_dict"
     kept = _without_callbacks(content, "EMA")
-    return [Found("nemo", because, tensors(content["state_dict"]), steps=count_of(steps), checkpoint=kept)]
+    return [Imported("nemo", because, tensors(content["state_dict"]), steps=count_of(steps), checkpoint=kept)]
 
 
 def _without_callbacks(content: Content, kind: str, *keys: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from lightning_ema.interop.imported import (
     Content,
-    Found,
+    Imported,
     Weights,
     below,
     count_of,
@@ -18,7 +18,7 @@ from lightning_ema.interop.imported import (
 )
 
 
-def mmengine(content: Content) -> Found | None:
+def mmengine(content: Content) -> Imported | None:
     """mmengine's ``EMAHook``: ``state_dict`` is the average, ``ema_state_dict`` holds ``steps`` and ``module.<live>``.
 
     The two have changed places in the file, for whoever reads ``state_dict`` alone.
@@ -26,7 +26,7 @@ def mmengine(content: Content) -> Found | None:
     inner = content.get("ema_state_dict")
     if not isinstance(inner, Mapping) or "state_dict" not in content:
         return None
-    return Found(
+    return Imported(
         "mmengine",
         "ema_state_dict with steps and module.<name>, as mmengine's EMAHook writes it; state_dict is the average there",
         tensors(content["state_dict"]),
@@ -35,13 +35,13 @@ def mmengine(content: Content) -> Found | None:
     )
 
 
-def mmdet2(content: Content) -> Found | None:
+def mmdet2(content: Content) -> Imported | None:
     """mmdetection 2 at the end of an epoch: plain names hold the average, ``ema_<name with _ for .>`` live weights."""
     plain, beside = _mmdet2(content)
     ahead = _ahead(plain, beside)
     if not beside or ahead == "plain":
         return None
-    return Found(
+    return Imported(
         "mmdet2",
         "state_dict holds ema_<name> beside <name>, and mmdetection 2 had exchanged the two before it saved, as at the "
         f"end of an epoch{_counted(ahead)}: <name> is the average",
@@ -51,14 +51,14 @@ def mmdet2(content: Content) -> Found | None:
     )
 
 
-def mmdet2_mid_epoch(content: Content) -> Found | None:
+def mmdet2_mid_epoch(content: Content) -> Imported | None:
     """mmdetection 2 inside an epoch, or in a run by iterations: plain names are live, ``ema_<name>`` the average."""
     plain, beside = _mmdet2(content)
     ahead = _ahead(plain, beside)
     if not beside or ahead == "beside":
         return None
     before = _iterations(content)  # the iteration in which it saves is not counted yet
-    return Found(
+    return Imported(
         "mmdet2_mid_epoch",
         "state_dict holds ema_<name> beside <name>, and was saved in the middle of an epoch or by iterations, where "
         f"mmdetection 2 has not exchanged the two{_counted(ahead)}: ema_<name> is the average",
@@ -68,14 +68,14 @@ def mmdet2_mid_epoch(content: Content) -> Found | None:
     )
 
 
-def mean_teacher(content: Content) -> Found | None:
+def mean_teacher(content: Content) -> Imported | None:
     """mmdetection 3's semi-supervised detectors: ``teacher.<name>`` and ``student.<name>``."""
     state = tensors(state_of(content))
     teacher, student = below("teacher.", state), below("student.", state)
     if not teacher or teacher.keys() != student.keys():
         return None
     others = len(state) - 2 * len(teacher)
-    return Found(
+    return Imported(
         "mean_teacher",
         "teacher.<name> and student.<name>, as mmdetection 3's semi-supervised detectors have them",
         teacher,

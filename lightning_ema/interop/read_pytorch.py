@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_ema.interop.imported import (
     Content,
-    Found,
+    Imported,
     Weights,
     below,
     count_of,
@@ -18,12 +18,12 @@ from lightning_ema.interop.imported import (
 )
 
 
-def timm(content: Content) -> Found | None:
+def timm(content: Content) -> Imported | None:
     """timm's training script: ``state_dict_ema`` beside ``state_dict``."""
     average, live = content.get("state_dict_ema"), content.get("state_dict")
     if not isinstance(average, Mapping):
         return None
-    return Found(
+    return Imported(
         "timm",
         "state_dict_ema, as timm's training script writes it",
         _unwrapped(average),
@@ -31,12 +31,12 @@ def timm(content: Content) -> Found | None:
     )
 
 
-def yolo(content: Content) -> Found | None:
+def yolo(content: Content) -> Imported | None:
     """ultralytics, yolov5 and yolov7: ``ema``, a module in float16, and ``updates``."""
     ema, model = content.get("ema"), content.get("model")
     if isinstance(ema, nn.Module):
         live = tensors(model.state_dict()) if isinstance(model, nn.Module) else {}
-        return Found(
+        return Imported(
             "yolo",
             "ema, a module, and updates, as ultralytics, yolov5 and yolov7 write them",
             tensors(ema.state_dict()),
@@ -44,7 +44,7 @@ def yolo(content: Content) -> Found | None:
             steps=count_of(content.get("updates")),
         )
     if isinstance(model, nn.Module) and {"ema", "updates"} <= content.keys() and ema is None:
-        return Found(
+        return Imported(
             "yolo",
             "model, a module, and an empty ema, as ultralytics, yolov5 and yolov7 leave the file of a finished run: "
             "model is the average there",
@@ -53,11 +53,11 @@ def yolo(content: Content) -> Found | None:
     return None
 
 
-def diffusers(content: Content) -> Found | None:
+def diffusers(content: Content) -> Imported | None:
     """diffusers' ``EMAModel``: ``shadow_params`` without names, and ``optimization_step``."""
     if not _is_list(content.get("shadow_params")) or "optimization_step" not in content:
         return None
-    return Found(
+    return Imported(
         "diffusers",
         "shadow_params and optimization_step, as diffusers' EMAModel.state_dict() has them",
         unnamed=tuple(content["shadow_params"]),
@@ -65,11 +65,11 @@ def diffusers(content: Content) -> Found | None:
     )
 
 
-def torch_ema(content: Content) -> Found | None:
+def torch_ema(content: Content) -> Imported | None:
     """torch_ema: ``shadow_params`` without names, of the parameters that require grad, and ``num_updates``."""
     if not _is_list(content.get("shadow_params")) or "collected_params" not in content:
         return None
-    return Found(
+    return Imported(
         "torch_ema",
         "shadow_params and collected_params, as torch_ema's state_dict() has them",
         unnamed=tuple(content["shadow_params"]),
@@ -79,7 +79,7 @@ def torch_ema(content: Content) -> Found | None:
     )
 
 
-def ema_pytorch(content: Content) -> Found | None:
+def ema_pytorch(content: Content) -> Imported | None:
     """ema_pytorch's ``EMA.state_dict()``: ``ema_model.<name>``, ``initted``, ``step``, and mostly the live weights."""
     if not {"initted", "step"} <= content.keys() or not any(name.startswith("ema_model.") for name in content):
         return None
@@ -87,7 +87,7 @@ def ema_pytorch(content: Content) -> Found | None:
         raise ValueError(
             "the file is of ema_pytorch, but from before its first update: it holds no average yet. Take a later file."
         )
-    return Found(
+    return Imported(
         "ema_pytorch",
         "ema_model.<name> with initted and step, as ema_pytorch's EMA.state_dict() has them",
         below("ema_model.", content),
@@ -96,12 +96,12 @@ def ema_pytorch(content: Content) -> Found | None:
     )
 
 
-def averaged_model(content: Content) -> Found | None:
+def averaged_model(content: Content) -> Imported | None:
     """torch's ``AveragedModel``: ``n_averaged`` and ``module.<name>``."""
     others = [name for name in content if name != "n_averaged"]
     if "n_averaged" not in content or not others or not all(name.startswith("module.") for name in others):
         return None
-    return Found(
+    return Imported(
         "averaged_model",
         "n_averaged and module.<name>, as torch's AveragedModel.state_dict() has them",
         below("module.", content),

@@ -1,4 +1,4 @@
-"""Lists of tensors in portions that a small scratch holds: several small tensors at once, large ones in pieces."""
+"""Lists of tensors in chunks that a small scratch holds: several small tensors at once, large ones in pieces."""
 
 from __future__ import annotations
 
@@ -8,47 +8,47 @@ import torch
 from torch import Tensor
 
 WORTH_CUTTING = 16
-"""A tensor is cut to fill the room that is left where it is larger than this part of a portion: a cut costs time."""
+"""A tensor is cut to fill the room that is left where it is larger than this part of a chunk: a cut costs time."""
 
 
-def portions(lists: Sequence[Sequence[Tensor]], size: int) -> Iterator[list[list[Tensor]]]:
+def chunks(lists: Sequence[Sequence[Tensor]], size: int) -> Iterator[list[list[Tensor]]]:
     """Cuts several lists alike, in their order, without a copy.
 
     Args:
         lists: tensors of the same shapes in each list.
-        size: the most elements that the tensors of one list have together in one portion.
+        size: the most elements that the tensors of one list have together in one chunk.
 
     Yields:
         Lists of views, one for each of ``lists``.
     """
-    portion: list[Sequence[Tensor]] = []
+    chunk: list[Sequence[Tensor]] = []
     room = size
     for tensors in zip(*lists, strict=True):
         rest = tensors[0].numel()
         if rest <= room:
-            portion.append(tensors)
+            chunk.append(tensors)
             room -= rest
             continue
         flats = flat_alike(*tensors) if rest * WORTH_CUTTING > size else None
         if flats is None:
-            if portion:
-                yield _transposed(portion)
-            portion, room = [], size
+            if chunk:
+                yield _transposed(chunk)
+            chunk, room = [], size
             if rest <= size:
-                portion, room = [tensors], size - rest
+                chunk, room = [tensors], size - rest
             else:
-                yield from portions(_split(tensors, size), size)
+                yield from chunks(_split(tensors, size), size)
             continue
         sizes = [room, *[size] * ((rest - room) // size), (rest - room) % size]
         sizes = [count for count in sizes if count > 0]
         for pieces in zip(*(torch.split(flat, sizes) for flat in flats), strict=True):
             if room == 0:
-                yield _transposed(portion)
-                portion, room = [], size
-            portion.append(pieces)
+                yield _transposed(chunk)
+                chunk, room = [], size
+            chunk.append(pieces)
             room -= pieces[0].numel()
-    if portion:
-        yield _transposed(portion)
+    if chunk:
+        yield _transposed(chunk)
 
 
 def flat_alike(*tensors: Tensor) -> list[Tensor] | None:
@@ -83,8 +83,8 @@ def _split(tensors: Sequence[Tensor], size: int) -> list[Sequence[Tensor]]:
     return [torch.split(tensor, places, longest) for tensor in tensors]
 
 
-def _transposed(portion: list[Sequence[Tensor]]) -> list[list[Tensor]]:
-    return [list(each) for each in zip(*portion, strict=True)]
+def _transposed(chunk: list[Sequence[Tensor]]) -> list[list[Tensor]]:
+    return [list(each) for each in zip(*chunk, strict=True)]
 
 
 def shaped(part: Tensor, tensor: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ class FusedLerp:
         """Puts the update on the current stream.
 
         Warns once where Triton cannot build the kernel, for want of a C compiler for instance; the update is made
-        portion by portion then.
+        chunk by chunk then.
         """
         if self._instead is None:
             try:
@@ -89,7 +89,7 @@ class FusedLerp:
                     raise
                 warnings.warn(
                     f"the update in one launch could not be built ({type(error).__name__}: {error}); it is made in "
-                    "portions instead, which gives the same average with more launches. Triton needs a C compiler.",
+                    "chunks instead, which gives the same average with more launches. Triton needs a C compiler.",
                     stacklevel=2,
                 )
                 self._instead = self._eager(*self._lists)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lightning_ema.ops.chunks import portions, shaped
+from lightning_ema.ops.chunks import chunks, shaped
 
 STAGED = 1 << 19
 """Elements of a scratch tensor in updates: 2 MiB of float32, whatever the size of the model. Fewer took longer."""
@@ -53,9 +53,9 @@ It may hold views of the tensors: one that is given other storage asks for a new
 
 
 class AlikeLerp:
-    """:func:`lerp_alike_` for many updates of the same tensors, which are cut into portions only once.
+    """:func:`lerp_alike_` for many updates of the same tensors, which are cut into chunks only once.
 
-    Several averages take a portion of at most ``STAGED`` elements at a time, in one pass over the live tensors, which
+    Several averages take a chunk of at most ``STAGED`` elements at a time, in one pass over the live tensors, which
     are still in the cache when the next average reads them.
 
     Args:
@@ -65,17 +65,17 @@ class AlikeLerp:
 
     def __init__(self, averages: Sequence[Sequence[Tensor]], lives: Sequence[Tensor]) -> None:
         lists = [list(each) for each in (lives, *averages)]
-        self._portions = [lists] if len(averages) == 1 else list(portions(lists, STAGED))
+        self._chunks = [lists] if len(averages) == 1 else list(chunks(lists, STAGED))
 
     def __call__(self, rates: Sequence[float]) -> None:
         """``averages[i][k] += rates[i] * (lives[k] - averages[i][k])``."""
-        for lives, *averages in self._portions:
+        for lives, *averages in self._chunks:
             for part, rate in zip(averages, rates, strict=True):
                 lerp_(part, lives, rate)
 
 
 class CastLerp:
-    """:func:`lerp_cast_` for many updates of the same tensors, which are cut into portions only once.
+    """:func:`lerp_cast_` for many updates of the same tensors, which are cut into chunks only once.
 
     Args:
         averages: lists of tensors, all of one dtype on one device.
@@ -83,11 +83,11 @@ class CastLerp:
     """
 
     def __init__(self, averages: Sequence[Sequence[Tensor]], lives: Sequence[Tensor]) -> None:
-        self._portions = list(_staged([lives, *averages], STAGED, None))
+        self._chunks = list(_staged([lives, *averages], STAGED, None))
 
     def __call__(self, rates: Sequence[float]) -> None:
         """``averages[i][k] += rates[i] * (lives[k] - averages[i][k])``."""
-        for _, casts, (lives, *averages) in self._portions:
+        for _, casts, (lives, *averages) in self._chunks:
             torch._foreach_copy_(casts, lives)
             for part, rate in zip(averages, rates, strict=True):
                 lerp_(part, casts, rate)
@@ -105,7 +105,7 @@ def _staged(
         return
     count = min(size, sum(tensor.numel() for tensor in targets))
     scratch = torch.empty(count, dtype=dtype or targets[0].dtype, device=targets[0].device)
-    for lists_here in portions(lists, size):
+    for lists_here in chunks(lists, size):
         sizes = [tensor.numel() for tensor in lists_here[1]]
         used = scratch[: sum(sizes)]
         views = [shaped(part, tensor) for part, tensor in zip(torch.split(used, sizes), lists_here[1], strict=True)]
@@ -124,7 +124,7 @@ def exchange_(first: Tensor, second: Tensor) -> None:
     """
     done: list[tuple[Tensor, Tensor]] = []
     try:
-        for (one,), (other,) in portions([[first], [second]], CHUNK):
+        for (one,), (other,) in chunks([[first], [second]], CHUNK):
             done.append((one, other))
             _exchange(one, other)
     except BaseException:
@@ -170,7 +170,7 @@ def relative_distance(averages: Sequence[Tensor], lives: Sequence[Tensor]) -> fl
 def squared_norms(averages: Sequence[Tensor], lives: Sequence[Tensor]) -> Tensor:
     """``[||live - average||^2, ||live||^2]`` over all tensors together, in float64, on the CPU.
 
-    Each portion of ``CHUNK`` elements is summed in the averages' dtype, at least float32.
+    Each chunk of ``CHUNK`` elements is summed in the averages' dtype, at least float32.
     """
     kinds = [(average.device, average.dtype) for average in averages]
     sums = torch.zeros(2, dtype=torch.float64)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from lightning_ema.ops.chunks import portions, shaped
+from lightning_ema.ops.chunks import chunks, shaped
 from lightning_ema.ops.lerp import CHUNK, lerp_alike_, lerp_cast_
 from lightning_ema.ops.step_hooks import call_before_step
 
@@ -35,12 +35,12 @@ class Update:
 class Offload:
     """Runs ``average += rate * (live - average)`` in a thread of its own, one update at a time.
 
-    The live weights pass through two pinned buffers of ``CHUNK`` elements in turn: while one portion is copied, the one
-    before it is absorbed. They must not change meanwhile, so that every optimizer of torch waits before its step;
+    The live weights pass through two pinned buffers of ``CHUNK`` elements in turn: while one chunk is copied, the one
+    before the update has read it. They must not change meanwhile, so every optimizer of torch waits before its step;
     forward and backward pass do not, so that what a forward pass writes to (buffers) must be given as copies.
 
     Attributes:
-        waits: how often an update, an optimizer, or a loan of another average had to wait for the one before.
+        waits: how often an update, an optimizer, or a swap of another average had to wait for the one before.
     """
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class Offload:
         try:
             with torch.no_grad():
                 for update, event in zip(updates, ready, strict=True):
-                    absorb_through_buffers_(update, event)
+                    update_through_buffers_(update, event)
         except BaseException as error:  # for the thread that waits
             self._error = error
 
@@ -91,7 +91,7 @@ class Offload:
         return {"waits": self.waits, "_thread": None, "_hook": None, "_error": None}
 
 
-def absorb_through_buffers_(update: Update, ready: Any = None) -> None:
+def update_through_buffers_(update: Update, ready: Any = None) -> None:
     """Makes an update through two buffers beside the averages, once the event ``ready`` of the device has passed."""
     device = update.lives[0].device
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -100,7 +100,7 @@ def absorb_through_buffers_(update: Update, ready: Any = None) -> None:
     lives = [live.detach() for live in update.lives]
     buffers = [torch.empty(CHUNK, dtype=lives[0].dtype, pin_memory=stream is not None) for _ in range(2)]
     before: tuple[list[Tensor], Any, list[list[Tensor]]] | None = None
-    for number, (here, *averages) in enumerate(portions([lives, *update.averages], CHUNK)):
+    for number, (here, *averages) in enumerate(chunks([lives, *update.averages], CHUNK)):
         sizes = [live.numel() for live in here]
         parts = torch.split(buffers[number % 2][: sum(sizes)], sizes)
         copies = [shaped(part, average) for part, average in zip(parts, averages[0], strict=True)]
@@ -108,13 +108,13 @@ def absorb_through_buffers_(update: Update, ready: Any = None) -> None:
             torch._foreach_copy_(copies, here, non_blocking=stream is not None)
             copied = _now(device)
         if before is not None:
-            _absorb(*before, update.rates)
+            _update(*before, update.rates)
         before = copies, copied, averages
     if before is not None:
-        _absorb(*before, update.rates)
+        _update(*before, update.rates)
 
 
-def _absorb(copies: list[Tensor], copied: Any, averages: list[list[Tensor]], rates: Sequence[float]) -> None:
+def _update(copies: list[Tensor], copied: Any, averages: list[list[Tensor]], rates: Sequence[float]) -> None:
     if copied is not None:
         copied.synchronize()
     alike = copies[0].dtype == averages[0][0].dtype

@@ -39,14 +39,14 @@ class Combination:
     """How an average is to be put together from snapshots; known before any weight is read.
 
     Attributes:
-        found: the snapshots, by their steps.
+        snapshots: the snapshots, by their steps.
         schedule: the average that is wanted.
         step: at which step, counted as ``WeightAverage.num_steps``.
         values: the coefficients, float64, those of a snapshot side by side.
         residual: ``|profile reached - profile wanted| / |profile wanted|``.
     """
 
-    found: tuple[Snapshot, ...]
+    snapshots: tuple[Snapshot, ...]
     schedule: Schedule
     step: int
     values: Tensor
@@ -58,18 +58,18 @@ class Combination:
         return float(self.values.abs().sum())
 
 
-def combine(found: Sequence[Snapshot], wanted: Schedule, at_step: int | None = None) -> Combination:
+def combine(snapshots: Sequence[Snapshot], wanted: Schedule, at_step: int | None = None) -> Combination:
     """Solves for the coefficients, however large the residual.
 
     Args:
-        found: of one run, as :func:`snapshots_of_one_run` gives them.
+        snapshots: of one run, as :func:`snapshots_of_one_run` gives them.
         wanted: as ``profile`` of :func:`synthesize`.
         at_step: as of :func:`synthesize`.
 
     Raises:
         ValueError: there is no update yet, or none at ``at_step``.
     """
-    newest = found[-1]
+    newest = snapshots[-1]
     step = newest.step if at_step is None else at_step
     if newest.step == newest.start_step:
         raise ValueError(f"{newest.path} was written before the first update; there is nothing to synthesize yet.")
@@ -80,17 +80,17 @@ def combine(found: Sequence[Snapshot], wanted: Schedule, at_step: int | None = N
             f"{newest.step}. Give a step among these, or leave it out for the last one."
         )
     lines = [Timeline(history) for history in newest.histories]
-    ends = [lines[0].updates_until(snapshot.step - newest.start_step) for snapshot in found]
+    ends = [lines[0].updates_until(snapshot.step - newest.start_step) for snapshot in snapshots]
     end = lines[0].updates_until(step - newest.start_step)
     values, residual = solve(*profiles_and_target(lines, ends, wanted, end))
-    return Combination(tuple(found), wanted, step, values, residual)
+    return Combination(tuple(snapshots), wanted, step, values, residual)
 
 
 def refusal(combination: Combination) -> str | None:
     """Why the weights would not be those of the average wanted; None where they would."""
     if not combination.residual <= LARGEST_RESIDUAL:
-        return _hopeless(combination.found, combination.schedule, combination.residual)
-    if combination.amplification * combination.found[-1].precision > LARGEST_ROUNDING:
+        return _hopeless(combination.snapshots, combination.schedule, combination.residual)
+    if combination.amplification * combination.snapshots[-1].precision > LARGEST_ROUNDING:
         return (
             f"{combination.schedule!r} needs coefficients from these snapshots whose absolute values sum to "
             f"{combination.amplification:.2g}, so that rounding errors of the snapshots would show in the weights. In "
@@ -131,17 +131,17 @@ def _paths(snapshots: str | Path | Sequence[str | Path]) -> list[Path]:
     return next(iter(runs.values()))
 
 
-def _together(found: list[Snapshot]) -> list[Snapshot]:
+def _together(snapshots: list[Snapshot]) -> list[Snapshot]:
     """The snapshots by their steps, each step once.
 
     Raises:
         ValueError: they are not of one run and one module; all differences are listed.
     """
-    once = {(snapshot.run, snapshot.step): snapshot for snapshot in found}
-    found = sorted(once.values(), key=lambda snapshot: snapshot.step)
-    newest = found[-1]
+    once = {(snapshot.run, snapshot.step): snapshot for snapshot in snapshots}
+    snapshots = sorted(once.values(), key=lambda snapshot: snapshot.step)
+    newest = snapshots[-1]
     differences = [
-        f"{snapshot.path.name}: {difference}" for snapshot in found for difference in _differences(snapshot, newest)
+        f"{snapshot.path.name}: {difference}" for snapshot in snapshots for difference in _differences(snapshot, newest)
     ]
     if differences:
         raise ValueError(
@@ -149,48 +149,48 @@ def _together(found: list[Snapshot]) -> list[Snapshot]:
             + "\n  ".join(differences)
             + "\nGive the files of one run alone."
         )
-    return found
+    return snapshots
 
 
 def _differences(snapshot: Snapshot, newest: Snapshot) -> list[str]:
     if snapshot.run != newest.run:
         return [f"of the run {snapshot.run}, not {newest.run}"]
-    found = []
+    differing = []
     if snapshot.start_step != newest.start_step:
-        found.append(f"averages that start at step {snapshot.start_step}, not {newest.start_step}")
+        differing.append(f"averages that start at step {snapshot.start_step}, not {newest.start_step}")
     if len(snapshot.histories) != len(newest.histories):
-        return [*found, f"{len(snapshot.histories)} averages, not {len(newest.histories)}"]
+        return [*differing, f"{len(snapshot.histories)} averages, not {len(newest.histories)}"]
     for number, (history, whole) in enumerate(zip(snapshot.histories, newest.histories, strict=True), 1):
         begun = shortened(whole, sum(joined(history).counts))
         if list(history) != begun:
             decays, others = (", ".join(dict.fromkeys(s.decay for s in h)) for h in (history, begun))
             what = f"follows {decays}, not {others}" if decays != others else "was updated at other steps"
-            found.append(f"average {number} {what}")
-    found += [
+            differing.append(f"average {number} {what}")
+    differing += [
         f"{name}: {snapshot.config.get(name)}, not {newest.config.get(name)}"
         for name in ("include", "exclude", "buffers")
         if snapshot.config.get(name) != newest.config.get(name)
     ]
     keys, others_keys = {e.key for e in snapshot.entries}, {e.key for e in newest.entries}
-    found += [f"has no {key}" for key in sorted(others_keys - keys)]
-    found += [f"has {key}" for key in sorted(keys - others_keys)]
+    differing += [f"has no {key}" for key in sorted(others_keys - keys)]
+    differing += [f"has {key}" for key in sorted(keys - others_keys)]
     shapes = _shapes(snapshot)
-    found += [
+    differing += [
         f"{key} of shape {shapes[key]}, not {shape}"
         for key, shape in _shapes(newest).items()
         if key in shapes and shapes[key] != shape
     ]
-    return found
+    return differing
 
 
 def _shapes(snapshot: Snapshot) -> dict[str, tuple[int, ...]]:
     return {entry.key: snapshot.shapes[entry.name or entry.key] for entry in snapshot.entries}
 
 
-def _hopeless(found: Sequence[Snapshot], wanted: Schedule, residual: float) -> str:
-    decays = ", ".join(history[-1].decay for history in found[-1].histories)
+def _hopeless(snapshots: Sequence[Snapshot], wanted: Schedule, residual: float) -> str:
+    decays = ", ".join(history[-1].decay for history in snapshots[-1].histories)
     return (
-        f"{wanted!r} cannot be put together from {len(found)} snapshots of {decays}: the residual, by which the best "
+        f"{wanted!r} cannot be put together from {len(snapshots)} snapshots of {decays}: the residual, by which the "
         f"profile differs from the one wanted, is {residual:.2g} of its norm; at most {LARGEST_RESIDUAL} is accepted. "
         "Ask for an average that is neither much narrower than those tracked nor reaches back to the start of the run; "
         "in the next run write snapshots more often and keep more of them."

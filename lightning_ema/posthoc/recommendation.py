@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_ema.checkpoint.snapshot import Snapshot
-from lightning_ema.checks import check_choice
+from lightning_ema.checks import check_one_of
 from lightning_ema.posthoc.combination import Combination
 from lightning_ema.schedules.base import Schedule
 from lightning_ema.schedules.growing import Power
@@ -49,16 +49,16 @@ class Scored:
     score: float
 
 
-def candidates(found: Sequence[Snapshot]) -> list[Schedule]:
+def candidates(snapshots: Sequence[Snapshot]) -> list[Schedule]:
     """The averages to try: those tracked, where one schedule made all of their updates, and widths all around."""
-    tracked = [read_schedule(h[0].decay) for h in found[-1].histories if len(h) == 1]
+    tracked = [read_schedule(h[0].decay) for h in snapshots[-1].histories if len(h) == 1]
     widths = [Power(sigma_rel=sigma_rel) for sigma_rel in SIGMA_RELS]
     return list(dict.fromkeys([*tracked, *widths]))
 
 
 def age_of(combination: Combination) -> float:
     """How many steps old what is averaged would be on average, before the last update that it covers."""
-    newest = combination.found[-1]
+    newest = combination.snapshots[-1]
     history = newest.histories[0]
     updates = Timeline(history).updates_until(combination.step - newest.start_step)
     return ages(Timeline(shortened(history, updates)), combination.schedule).mean
@@ -70,7 +70,7 @@ def best(scored: Sequence[Scored], mode: Mode) -> Scored:
     Raises:
         ValueError: no score is a finite number.
     """
-    check_choice(mode, "mode", ("min", "max"))
+    check_one_of(mode, "mode", ("min", "max"))
     finite = [each for each in _by_age(scored) if math.isfinite(each.score)]
     if not finite:
         raise ValueError(
@@ -79,7 +79,7 @@ def best(scored: Sequence[Scored], mode: Mode) -> Scored:
     return (min if mode == "min" else max)(finite, key=lambda each: each.score)
 
 
-def table(scored: Sequence[Scored], chosen: Scored) -> list[str]:
+def table(scored: Sequence[Scored], best_one: Scored) -> list[str]:
     """The averages by their mean age, with the best one marked; columns of plain text."""
     head = ("average", "mean age", "residual", "score")
     rows = [
@@ -87,7 +87,7 @@ def table(scored: Sequence[Scored], chosen: Scored) -> list[str]:
         for each in _by_age(scored)
     ]
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    marks = ["", *("  <- best" if each is chosen else "" for each in _by_age(scored))]
+    marks = ["", *("  <- best" if each is best_one else "" for each in _by_age(scored))]
     lines = [
         row[0].ljust(widths[0]) + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
         for row in (head, *rows)
@@ -95,22 +95,22 @@ def table(scored: Sequence[Scored], chosen: Scored) -> list[str]:
     return [line + mark for line, mark in zip(lines, marks, strict=True)]
 
 
-def conclusions(scored: Sequence[Scored], chosen: Scored, mode: Mode, newest: Snapshot, step: int) -> list[str]:
+def conclusions(scored: Sequence[Scored], best_one: Scored, mode: Mode, newest: Snapshot, step: int) -> list[str]:
     """What the scores say, and what to write to train with the best average."""
     lowest_or_highest = {"min": "lowest", "max": "highest"}[mode]
     said = [
-        f"best: {chosen.schedule!r}, the {lowest_or_highest} score of {chosen.score:.6g}",
-        f"to train with it: EMACallback(decay={chosen.schedule!r}{_arguments(newest)})",
+        f"best: {best_one.schedule!r}, the {lowest_or_highest} score of {best_one.score:.6g}",
+        f"to train with it: EMACallback(decay={best_one.schedule!r}{_arguments(newest)})",
     ]
-    steps, own_horizon = step - newest.start_step, chosen.mean_age + 1
-    if steps >= RUN_OVER_HORIZON * own_horizon and chosen.mean_age > 0:
-        decay = chosen.mean_age / own_horizon
+    steps, own_horizon = step - newest.start_step, best_one.mean_age + 1
+    if steps >= RUN_OVER_HORIZON * own_horizon and best_one.mean_age > 0:
+        decay = best_one.mean_age / own_horizon
         written = f"EMACallback(decay={decay:.4g}{_arguments(newest)})"
         said.append(f"or, with the same mean age at the end of {steps:,} steps: {written}")
     ages_tried = [each.mean_age for each in _by_age(scored)]
-    if len(scored) > 1 and chosen.mean_age == ages_tried[0]:
+    if len(scored) > 1 and best_one.mean_age == ages_tried[0]:
         said.append("It is the shortest scored. A shorter one may be better still: it needs snapshots more often.")
-    if len(scored) > 1 and chosen.mean_age == ages_tried[-1]:
+    if len(scored) > 1 and best_one.mean_age == ages_tried[-1]:
         said.append("It is the longest scored. A longer one may be better still; the longest there is is Equal().")
     return said
 

@@ -6,15 +6,14 @@ solves for them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_ema.checkpoint.snapshot import Snapshot, load
+from lightning_ema.checkpoint.snapshot import Snapshot, tensors_of
 from lightning_ema.posthoc.combination import Combination, combine, refusal, snapshots_of_one_run
 from lightning_ema.schedules.base import Schedule
 from lightning_ema.schedules.growing import Power
@@ -108,9 +107,9 @@ def synthesize(
 
 def put_together(combination: Combination) -> Synthesis:
     """Reads the snapshots and sums them up; refuses nothing."""
-    columns = zip(_columns(combination.found), combination.values.tolist(), strict=True)
+    columns = zip(_columns(combination.snapshots), combination.values.tolist(), strict=True)
     return Synthesis(
-        weights=_combined(combination.found, combination.values),
+        weights=_combined(combination.snapshots, combination.values),
         schedule=combination.schedule,
         step=combination.step,
         coefficients=tuple(Coefficient(snapshot.step, decay, value) for (snapshot, decay), value in columns),
@@ -118,28 +117,28 @@ def put_together(combination: Combination) -> Synthesis:
     )
 
 
-def _columns(found: Sequence[Snapshot]) -> list[tuple[Snapshot, str]]:
+def _columns(snapshots: Sequence[Snapshot]) -> list[tuple[Snapshot, str]]:
     """The snapshot and the schedule behind each coefficient."""
-    begun = [history[0].decay for history in found[-1].histories]
-    return [(s, h[-1].decay if h else begun[j]) for s in found for j, h in enumerate(s.histories)]
+    begun = [history[0].decay for history in snapshots[-1].histories]
+    return [(s, h[-1].decay if h else begun[j]) for s in snapshots for j, h in enumerate(s.histories)]
 
 
-def _combined(found: Sequence[Snapshot], values: Tensor) -> dict[str, Tensor]:
+def _combined(snapshots: Sequence[Snapshot], values: Tensor) -> dict[str, Tensor]:
     """Reads the files one after the other: memory for one model in float64 and one file."""
-    newest = found[-1]
+    newest = snapshots[-1]
     coefficients = iter(values.tolist())
     names = {entry.name for entry in newest.entries if entry.name}
     sums: dict[str, Tensor] = {}
-    for snapshot in found:
-        content = load(snapshot.path)
+    for snapshot in snapshots:
+        averages, live = tensors_of(snapshot.path)
         rest = {entry.name: entry.key for entry in newest.entries}
-        for average in content["averages"]:
+        for average in averages:
             coefficient = next(coefficients)
             for name in names:
                 # a tensor that was still frozen then: an average of what does not change is that
-                tensor = average["tensors"].get(name)
-                _add(sums, name, content["rest"][rest[name]] if tensor is None else tensor, coefficient)
-    kept: Mapping[str, Any] = load(newest.path)["rest"]
+                tensor = average.get(name)
+                _add(sums, name, live[rest[name]] if tensor is None else tensor, coefficient)
+    _, kept = tensors_of(newest.path)
     return {
         entry.key: sums[entry.name].to(entry.dtype) if entry.name else kept[entry.key].clone()
         for entry in newest.entries

@@ -171,7 +171,7 @@ def mean_teacher_hook(momentum: float = 0.001, interval: int = 1, skip_buffer: b
 
     The teacher is set to the student once, before the first step. With ``skip_buffer=True`` the student's BatchNorm
     statistics never reach the teacher, not even at the start. Here the teacher is an average: one that is written
-    ``into`` a module of yours leaves that module's buffers alone as well; one that is lent uses the live buffers.
+    ``into`` a module of yours leaves that module's buffers alone as well; one that is swapped in uses the live buffers.
 
     Args:
         momentum: share of the student's weights, in [0, 1].

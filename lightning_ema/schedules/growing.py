@@ -77,7 +77,7 @@ class Bema(Schedule):
 
     What is evaluated and saved is ``average + bias(n) * (live - start)`` with ``bias(n) = (rho + gamma * n) ** -eta``
     and ``start`` the live weights at ``start_step``, which are kept: one more tensor for each averaged parameter.
-    Buffers are averaged and not corrected. ``live`` are the live weights at the time of the loan or save.
+    Buffers are averaged and not corrected. ``live`` are the live weights at the time of the swap or save.
 
     Source: BEMA, arXiv 2508.00180, whose ``eta`` is 0.2. On a noisy quadratic (``benchmarks/bema.py``) it was ahead of
     ``Warmup(0.999)`` at steps 50 and 100 and behind from step 300 on; 0.2 lost to the live weights from step 100 on.

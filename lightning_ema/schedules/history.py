@@ -1,4 +1,4 @@
-"""When an average absorbed the live weights, and under which schedule: what its weight profile is computed from."""
+"""When an average was updated, and under which schedule: what its weight profile is computed from."""
 
 from __future__ import annotations
 
@@ -95,6 +95,11 @@ class History:
         return sum(gap * count for s in self.stretches for gap, count in zip(s.gaps, s.counts, strict=True))
 
     @property
+    def num_updates(self) -> int:
+        """The updates that were recorded."""
+        return sum(sum(stretch.counts) for stretch in self.stretches)
+
+    @property
     def last_gap(self) -> int:
         """The steps between the last two updates."""
         return self.stretches[-1].gaps[-1]
@@ -110,15 +115,13 @@ class History:
         }
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Any] | None) -> History:
-        """The history in a state; an empty one for None: files of earlier versions have none.
+    def from_state_dict(cls, state: dict[str, Any]) -> History:
+        """The history in a state.
 
         Raises:
             ValueError: the state is damaged.
         """
         history = cls()
-        if state is None:
-            return history
         try:
             history.run = str(state["run"])
             history.snapshots = [int(step) for step in state["snapshots"]]

@@ -1,6 +1,6 @@
-"""Weight profiles: how much each absorbed state weighs in an average. All in float64.
+"""Weight profiles: how much each state that an update saw weighs in an average. All in float64.
 
-Notation: updates ``i = 1 .. U`` absorb the live weights after the steps ``s(1) < s(2) < ... < s(U)``, counted from the
+Notation: updates ``i = 1 .. U`` mix the live weights in after the steps ``s(1) < s(2) < ... < s(U)``, counted from the
 start; ``D(i)`` is the decay of update ``i``. After the last update, state ``i`` weighs
 
     w(i) = (1 - D(i)) * D(i + 1) * ... * D(U),    w(0) = D(1) * ... * D(U)

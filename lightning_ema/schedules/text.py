@@ -45,6 +45,15 @@ SCHEDULES: dict[str, type[Schedule]] = {
 """Every schedule of this package, by name, in the order of the documentation."""
 
 
+def as_whole(text: str) -> str:
+    """A text in which numbers that are whole are written without ``.0``, so that equal settings read the same.
+
+    >>> as_whole("Then(1.0, at=3, second=HalfLife(epochs=10.05))")
+    'Then(1, at=3, second=HalfLife(epochs=10.05))'
+    """
+    return re.sub(r"\b(\d+)\.0\b(?!\.)", r"\1", text)
+
+
 def write_schedule(schedule: Schedule) -> str:
     """The text from which :func:`read_schedule` makes an equal schedule.
 
@@ -65,7 +74,7 @@ def write_schedule(schedule: Schedule) -> str:
 
 
 def read_schedule(text: str) -> Schedule:
-    """The schedule that the text spells; a bare number ``d`` spells ``Warmup(d)``.
+    """The schedule that the text stands for; a bare number ``d`` stands for ``Warmup(d)``.
 
     >>> read_schedule("Then(0.99, at=100, second=Warmup(0.999))").second
     Warmup(0.999)
@@ -86,15 +95,6 @@ def read_schedule(text: str) -> Schedule:
     if value is None:
         raise ValueError(_refusal(text, "it is no schedule"))
     return _made(Warmup, [float(value)], {}, text)
-
-
-def as_whole(text: str) -> str:
-    """A text in which numbers that are whole are written without ``.0``, so that equal settings read the same.
-
-    >>> as_whole("Then(1.0, at=3, second=HalfLife(epochs=10.05))")
-    'Then(1, at=3, second=HalfLife(epochs=10.05))'
-    """
-    return re.sub(r"\b(\d+)\.0\b(?!\.)", r"\1", text)
 
 
 def _write_value(value: Schedule | Real) -> str:

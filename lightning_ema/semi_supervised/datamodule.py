@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from lightning_ema.checks import check_choice, check_count, check_flag
+from lightning_ema.checks import check_count, check_flag, check_one_of
 from lightning_ema.semi_supervised.splits import check_map_style, labels_of, len_of, split_by_class
 from lightning_ema.semi_supervised.streams import Draws, Stream
 from lightning_ema.semi_supervised.views import Collate, LabeledBatches, Transform, UnlabeledBatches
@@ -96,7 +96,7 @@ class SemiSupervisedDataModule(LightningDataModule):
                 "labels_per_class is None, so that all of `labeled` keeps its labels, and there is no `unlabeled` "
                 "dataset. Give one, or write labels_per_class=10 to take the labels of all but 10 samples a class."
             )
-        check_choice(labeled_view, "labeled_view", get_args(LabeledView))
+        check_one_of(labeled_view, "labeled_view", get_args(LabeledView))
         check_count(labeled_batch_size, "labeled_batch_size", at_least=1)
         check_count(unlabeled_batch_size, "unlabeled_batch_size", at_least=1)
         check_count(eval_batch_size, "eval_batch_size", at_least=1)

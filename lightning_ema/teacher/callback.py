@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,10 +15,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_ema.averaging.report import facts_of, report
-from lightning_ema.averaging.state_dict import state_of, take_up
+from lightning_ema.averaging.state_dict import gather, resume
 from lightning_ema.averaging.tracker import Tracker
 from lightning_ema.averaging.weight_average import WeightAverage, tracker_of
-from lightning_ema.checkpoint.entry import changes, other_settings
+from lightning_ema.checkpoint.entry import RunEntry, changes, other_settings, read, write
 from lightning_ema.modules.batchnorm import statistics_of
 from lightning_ema.modules.named_tensors import Survey
 from lightning_ema.schedules.base import Plan
@@ -27,7 +28,6 @@ from lightning_ema.trainer import facts, run_length, strategies
 from lightning_ema.trainer.clock import Clock
 
 _NOT_STARTED = sys.maxsize
-_OF_TENSORS = ("average", "others", "origin")
 
 
 @facts.known_to_pytorch_lightning
@@ -39,7 +39,7 @@ class TeacherCallback(Callback):
 
     def __init__(self) -> None:
         self._average: WeightAverage | None = None
-        self._loaded: dict[str, Any] | None = None
+        self._loaded: RunEntry | None = None
         self._clock = Clock()
         self._plan: Plan | None = None
         self._config = MeanTeacherConfig()
@@ -63,7 +63,7 @@ class TeacherCallback(Callback):
         """Steps of the student since the start."""
         if self._average is not None:
             return self._average.num_steps
-        return 0 if self._loaded is None else int(self._loaded["num_steps"])
+        return 0 if self._loaded is None else self._loaded.num_steps
 
     # --- a fit ------------------------------------------------------------------------------------------------------
 
@@ -85,13 +85,9 @@ class TeacherCallback(Callback):
         if trainer.ckpt_path is None:
             self._loaded = None  # of a file that was only tested or validated
         begins = run_length.begins(trainer) and self._loaded is None
-        if (
-            not begins
-            and self._loaded is None
-            and self._average is not None
-            and tracker_of(self._average).module is student
-        ):
-            self._loaded = self.state_dict()  # the teacher, its tensors or the settings may have been replaced
+        known = self._average is not None and tracker_of(self._average).module is student
+        if not begins and self._loaded is None and known:
+            self._loaded = self._state()  # the teacher, its tensors or the settings may have been replaced
         tracker = self._pair(pl_module)
         if begins:
             tracker.start_at(0)
@@ -176,7 +172,7 @@ class TeacherCallback(Callback):
         student, teacher = networks(pl_module)
         if student is tracker.module and teacher is self._teacher and self._watched.holds():
             return tracker
-        self._loaded = self.state_dict()
+        self._loaded = self._state()
         tracker = self._pair(pl_module)
         self._go_on(tracker)
         if self._plan is not None:
@@ -211,31 +207,36 @@ class TeacherCallback(Callback):
         self.follow()  # into tensors that the file's state_dict refers to
 
     def state_dict(self) -> dict[str, Any]:
+        state = self._state()
+        return {} if state is None else write(state)
+
+    def _state(self) -> RunEntry | None:
+        """Counters and settings; the tensors lie in the teacher."""
         self.follow()
         if self._average is None:
-            return {} if self._loaded is None else self._loaded
-        with self._in_words_of_teacher_and_student(tracker_of(self._average)):
-            everything = self._average.state_dict()
-        state = {name: value for name, value in everything.items() if name not in _OF_TENSORS}
-        names = _names(tracker_of(self._average))
-        return {**state, "names": names, **self._clock.state()}
+            return self._loaded
+        tracker = tracker_of(self._average)
+        with self._in_words_of_teacher_and_student(tracker):
+            state = replace(gather(tracker), average={})
+        return RunEntry(**vars(state), steps_before=self._clock.steps_before, pace=self._clock.pace)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._loaded = dict(state_dict) or None
+        self._loaded = read(state_dict, RunEntry) if state_dict else None
         if self._clock.steps.held and self._average is not None:  # a tuner restores in the middle of a fit
             self._go_on(tracker_of(self._average))
 
     def _go_on(self, tracker: Tracker) -> None:
         """Goes on from the teacher's tensors as they are, with the counters of a file where there is one."""
-        state, self._loaded = self._loaded, None
-        if state is None:
-            state = {**state_of(tracker), "started": True, "start_step": 0, "names": _names(tracker)}
-        elif changed := changes(state, tracker.settings.describe()):
-            rank_zero_warn(f"MeanTeacher: {other_settings(changed)}")
-        self._clock.resume(state)
-        tensors = Survey(self._teacher).tensors
-        stored = {name: tensors[name] for name in state["names"] if name in tensors}
-        take_up(tracker, {**state, "average": stored})
+        loaded, self._loaded = self._loaded, None
+        if loaded is None:
+            state = replace(gather(tracker), started=True, start_step=0, names=tuple(_names(tracker)))
+            self._clock.resume()
+        else:
+            state = loaded
+            if changed := changes(state.config, tracker.settings.describe()):
+                rank_zero_warn(f"MeanTeacher: {other_settings(changed)}")
+            self._clock.resume(loaded.steps_before, loaded.pace)
+        resume(tracker, state, Survey(self._teacher).tensors)
 
     def _report(self, tracker: Tracker) -> None:
         if tracker.num_updates > 0:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from lightning_ema.averaging.settings import Settings, as_schedules
-from lightning_ema.checks import check_choice, check_count, check_weight
+from lightning_ema.checks import check_count, check_one_of, check_weight
 from lightning_ema.schedules.base import PerUpdate, Schedule
 from lightning_ema.schedules.composed import Then
 from lightning_ema.semi_supervised.ramps import cosine_ramp, linear_ramp, sigmoid_ramp
@@ -61,12 +61,12 @@ class MeanTeacherConfig:
                 f"decay is {self.decay!r}; a teacher is one average, as it is. Write one number or Schedule."
             )
         check_count(self.burn_in_steps, "burn_in_steps", at_least=0)
-        check_choice(self.buffers, "buffers", get_args(TeacherBuffers))
-        check_choice(self.teacher_mode, "teacher_mode", get_args(Mode))
-        check_choice(self.predict_on, "predict_on", get_args(Network))
+        check_one_of(self.buffers, "buffers", get_args(TeacherBuffers))
+        check_one_of(self.teacher_mode, "teacher_mode", get_args(Mode))
+        check_one_of(self.predict_on, "predict_on", get_args(Network))
         check_weight(self.consistency_weight, "consistency_weight")
         check_count(self.ramp_up_steps, "ramp_up_steps", at_least=0)
-        check_choice(self.ramp, "ramp", get_args(Ramp))
+        check_one_of(self.ramp, "ramp", get_args(Ramp))
 
     @property
     def schedule(self) -> Schedule:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from lightning.pytorch import Trainer
 
 from lightning_ema.schedules.base import Plan
@@ -32,10 +30,11 @@ class Clock:
         self._pace = run_length.pace(trainer, self._pace, num_steps - self.steps_before)
         return run_length.plan(trainer, self._pace).after(-self.steps_before)
 
-    def state(self) -> dict[str, Any]:
-        """What a resumed run needs to know."""
-        return {"steps_before": self.steps_before, "pace": list(self._pace)}
+    @property
+    def pace(self) -> Pace:
+        """How steps stand to epochs."""
+        return self._pace
 
-    def resume(self, state: dict[str, Any]) -> None:
-        """Goes on from a state made by :meth:`state`."""
-        self.steps_before, self._pace = state.get("steps_before", 0), Pace(*state.get("pace", ()))
+    def resume(self, steps_before: int = 0, pace: tuple[int | None, int] = (None, 0)) -> None:
+        """Goes on from what a file says; without it, as at first."""
+        self.steps_before, self._pace = steps_before, Pace(*pace)

@@ -9,6 +9,7 @@ from helpers import Regression, ema, engine, fit, seeded
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_utilities.core.rank_zero import rank_zero_only
+from tables import rows
 from torch import nn
 
 from lightning_ema import (
@@ -27,7 +28,7 @@ from lightning_ema import (
     Warmup,
     WeightAverage,
 )
-from lightning_ema.averaging.report import LARGE_START, REACHED, SMALL_DISTANCE, Facts, report
+from lightning_ema.averaging.report import LARGE_START, REACHED, SMALL_DISTANCE, Facts, facts_of, report
 from lightning_ema.schedules.profiles import Ages
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(a tenth of the horizon|used to create the checkpoint)")
@@ -105,7 +106,7 @@ class TestSentences:
         assert "still the weights at its start" in said(ages=Ages(99, LARGE_START))
         assert "start" not in said(ages=Ages(99, LARGE_START - 1e-6))
 
-    @pytest.mark.parametrize("schedule", [Equal(), InversePower(1.0, power=1.0)])
+    @rows("schedule", [Equal(), InversePower(1.0, power=1.0)])
     def test_in_an_equal_mean_the_start_is_one_of_the_states(self, schedule):
         average = WeightAverage(Regression(), schedule, start_step=2)
         trained(average, (1,) * 11)
@@ -179,16 +180,14 @@ def weight_of_each_state(schedule, steps, every, per_update, start):
 
 
 class TestFacts:
-    @pytest.mark.parametrize(
-        "schedule", [Warmup(0.9), Constant(0.97), Equal(), Power(sigma_rel=0.1), Mine(0.8)], ids=repr
-    )
-    @pytest.mark.parametrize(("every", "per_update"), [(1, False), (3, False), (3, True), (7, False)])
-    @pytest.mark.parametrize("start", [0, 4])
+    @rows("schedule", [Warmup(0.9), Constant(0.97), Equal(), Power(sigma_rel=0.1), Mine(0.8)])
+    @rows(("every", "per_update"), [(1, False), (3, False), (3, True), (7, False)])
+    @rows("start", [0, 4])
     def test_ages_against_brute_force(self, schedule, every, per_update, start):
         net = nn.Linear(1, 1)
         given = PerUpdate(schedule) if per_update else schedule
         average = WeightAverage(net, given, every_n_steps=every, start_step=start)
-        facts = trained(average)._facts()
+        facts = facts_of(engine(trained(average)), 0)
         shares = weight_of_each_state(schedule, 40, every, per_update, start)
         assert sum(shares.values()) == pytest.approx(1)
         assert facts.ages.mean == pytest.approx(sum(share * (40 - state) for state, share in shares.items()))
@@ -258,23 +257,23 @@ class TestFacts:
 
     def test_a_schedule_that_corrects_its_average_has_no_ages(self):
         average = trained(WeightAverage(nn.Linear(3, 3), Bema()))
-        assert average._facts().ages is None and "old on average" not in average.report()
+        assert facts_of(engine(average), 0).ages is None and "old on average" not in average.report()
 
     def test_a_resumed_run_under_another_schedule_knows_both(self):
         first = trained(WeightAverage(nn.Linear(1, 1), Constant(0.5)), (1,) * 3)
-        second = WeightAverage(first.module, Constant(0.75))
+        second = WeightAverage(engine(first).module, Constant(0.75))
         second.load_state_dict(first.state_dict())
         trained(second, (1,) * 2)
-        ages = second._facts().ages
+        ages = facts_of(engine(second), 0).ages
         # 0.75 ** 2 of the first average, whose states weigh 1/2, 1/4, 1/8 and 1/8 and are 2, 3, 4 and 5 steps old
         assert ages.mean == pytest.approx(0.25 * 0.75 * 1 + 0.5625 * (2 / 2 + 3 / 4 + 4 / 8 + 5 / 8))
         assert ages.start == pytest.approx(0.5625 / 8)
 
     def test_a_resumed_run_asked_before_its_first_update_speaks_of_what_there_is(self):
         first = trained(WeightAverage(nn.Linear(1, 1), Constant(0.5)), (1,) * 3)
-        second = WeightAverage(first.module, Constant(0.75))
+        second = WeightAverage(engine(first).module, Constant(0.75))
         second.load_state_dict(first.state_dict())
-        assert second._facts().ages == first._facts().ages
+        assert facts_of(engine(second), 0).ages == facts_of(engine(first), 0).ages
 
     @pytest.mark.parametrize("lose", ["the history", "the class of the schedule"])
     def test_what_is_not_known_is_not_said(self, lose):
@@ -282,10 +281,10 @@ class TestFacts:
         state = first.state_dict()
         if lose == "the history":
             del state["histories"]
-        second = WeightAverage(first.module, Constant(0.75))
+        second = WeightAverage(engine(first).module, Constant(0.75))
         second.load_state_dict(state)
         trained(second, (1,) * 2)
-        assert second._facts().ages is None and "old on average" not in second.report()
+        assert facts_of(engine(second), 0).ages is None and "old on average" not in second.report()
         assert "0.75, a horizon of 4.0 steps. Live" in second.report()
 
 

@@ -263,7 +263,7 @@ def test_a_target_holds_one_average_as_it_is(decay):
 
 
 def test_what_the_run_knows_reaches_every_schedule():
-    from lightning_ema import Plan
+    from lightning_ema.schedules import Plan
 
     average = WeightAverage(network(), [Cosine(0.5, 1.0), 0.9, Cosine(0.9, 1.0)])
     engine(average).bind(Plan(total_steps=40))

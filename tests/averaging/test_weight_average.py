@@ -7,7 +7,9 @@ import torch
 from helpers import engine
 from torch import nn
 
-from lightning_ema import Constant, Cosine, Equal, PerUpdate, Plan, Power, Then, Warmup, WeightAverage
+from lightning_ema import Constant, Cosine, Equal, PerUpdate, Power, Then, Warmup, WeightAverage
+from lightning_ema.averaging import tracked_tensors
+from lightning_ema.schedules import Plan
 
 
 class Numbers(nn.Module):
@@ -322,12 +324,11 @@ class TestAModuleThatChanges:
         assert dict(average.named_tensors())["a"].dtype == torch.float32
 
     def test_a_buffer_assigned_anew_does_not_mean_a_new_walk_over_the_module(self, monkeypatch):
-        from lightning_ema.averaging import pairing
 
         net = Numbers(a=0)
         net.register_buffer("center", torch.zeros(1))
         average = WeightAverage(net, Constant(0.5))
-        monkeypatch.setattr(pairing, "Survey", None)
+        monkeypatch.setattr(tracked_tensors, "Survey", None)
         net.center = torch.tensor([4.0])
         assert average.step()
 
@@ -434,7 +435,7 @@ class TestState:
         for cut in range(len(values) + 1):
             first = WeightAverage(Numbers(a=1), **arguments)
             follow(first, values[:cut])
-            second = WeightAverage(Numbers(a=first.module.a.item()), **arguments)
+            second = WeightAverage(Numbers(a=engine(first).module.a.item()), **arguments)
             second.load_state_dict(self.reload(first.state_dict(), tmp_path))
             follow(second, values[cut:])
             assert value(second) == value(whole)

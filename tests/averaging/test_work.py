@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_ema import Constant, WeightAverage
+from lightning_ema.callback.ema_callback import holder_of
 from lightning_ema.ops.lerp import STAGED
 
 VIEWS = {"detach", "as_strided", "slice", "split_with_sizes", "view", "_unsafe_view", "alias", "unbind"}
@@ -80,15 +81,15 @@ def test_steps_without_an_update_call_no_operator():
     assert operators(later.step) == operators(seldom.step) == {}
 
 
-def test_a_loan_writes_and_copies_nothing(count_allocations):
+def test_a_swap_writes_and_copies_nothing(count_allocations):
     average = WeightAverage(many())
 
-    def loan():
+    def swap():
         with average.swapped():
             pass
 
     with count_allocations() as allocated:
-        counted = operators(loan)
+        counted = operators(swap)
     assert allocated.total == 0
     assert not counted.keys() & {"copy_", "clone", "_to_copy", "_foreach_copy_"}
 
@@ -140,7 +141,9 @@ def calls_per_step(callback, hooks=()):
 
 def calls_of_ours(**settings):
     callback = ema(decay=Constant(0.9), **settings)
-    return calls_per_step(callback, [(callback._steps, "_enter"), (callback._steps, "_leave")])
+    return calls_per_step(
+        callback, [(holder_of(callback).clock.steps, "_enter"), (holder_of(callback).clock.steps, "_leave")]
+    )
 
 
 @needs_weight_averaging

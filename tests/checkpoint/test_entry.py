@@ -1,5 +1,6 @@
 import pytest
 import torch
+from tables import rows
 
 from lightning_ema.checkpoint.entry import changes, find, foreign, pack, unpack
 
@@ -48,8 +49,8 @@ def test_all_that_does_not_fit_the_module_is_listed():
     assert "b: shape (2,) in the checkpoint, (3,) in the module" in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["num_steps", "started", "average", "names", "live", "config"])
-@pytest.mark.parametrize("damage", [None, "nonsense", 0.5])
+@rows("name", ["num_steps", "started", "average", "names", "live", "config"])
+@rows("damage", [None, "nonsense", 0.5])
 def test_a_damaged_entry_is_refused_by_name(name, damage):
     entry = {**pack(STATE, LIVE, LIVE, in_state_dict=True), name: damage}
     with pytest.raises(ValueError, match=f"damaged.*{name}"):

@@ -55,7 +55,7 @@ def scoring(tmp_path, monkeypatch):
 
     def write(body="return loss(weights).item()", module="how_good"):
         (tmp_path / f"{module}.py").write_text(
-            f"from test_recommend_command import loss\n\n\ndef score(weights):\n    {body}\n"
+            f"from test_recommend import loss\n\n\ndef score(weights):\n    {body}\n"
         )
         monkeypatch.delitem(sys.modules, module, raising=False)
         return f"{module}:score"

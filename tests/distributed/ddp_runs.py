@@ -187,7 +187,7 @@ def check_averages_of_unseeded_processes(rank, processes, folder):
             report(folder, rank, shard=shard, decay=repr(schedule_of(average)), difference=difference)
             assert difference <= 1e-6
     assert equal(module.state_dict(), callback.average.named_tensors())  # delivered
-    pairs = list(callback.average._course.pairing.pairs())
+    pairs = list(callback.average._tracker.tensors.pairs())
     assert sum(pair.averages[0].numel() for pair in pairs) in (24, 25)  # of 49
     assert all(pair.averages[0].numel() < 32 for pair in pairs)
 
@@ -220,7 +220,7 @@ def check_modes_of_ddp(rank, processes, folder):
 
 
 def check_statistics(rank, processes, folder):
-    """At each loan and each save all have the first process's statistics, or the mean; each stores its own."""
+    """At each swap and each save all have the first process's statistics, or the mean; each stores its own."""
     for shard, broadcast in ((False, True), (False, False), (True, False)):
         callback, by_hand = averaging(shard=shard), ByHand()
         carried, module = Carried(by_hand), Net()

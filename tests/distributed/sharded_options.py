@@ -247,7 +247,7 @@ def statistics_are_lent_and_saved_as_the_mean_of_all_processes(root):
 
 def stored_statistics(average):
     """What this process keeps, whatever the module carries."""
-    for pair in average._course.pairing.pairs():
+    for pair in average._tracker.tensors.pairs():
         if pair.candidate.is_buffer:
             yield pair.name, pair.averages[0]
 

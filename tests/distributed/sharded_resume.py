@@ -1,13 +1,14 @@
-"""Run by test_sharded_run: resumes in 1 and in 4 processes what 2 processes wrote, from both formats.
+"""Run by test_sharded_run: resumes in another number of processes what 2 processes wrote to the folder.
 
-The first process writes what was loaded and how it ended to ``<folder>/<format>/resumed-<processes>.pt``. Then the 4
-processes train sharded and tensor parallel, and write to ``<folder>/2d-<rank>.json`` how that ended.
+The first process writes what was loaded and how it ended to ``<folder>/resumed-<processes>.pt``. "in two dimensions"
+4 processes train sharded and tensor parallel instead, and write to ``<folder>/2d-<rank>.json`` how that ended.
 """
 
 import os
 import sys
 from pathlib import Path
 
+from helpers import engine
 from sharded import (
     Sharded,
     averaging,
@@ -26,17 +27,14 @@ from sharded_options import Parallel
 from sharded_run import Look, rank_zero
 
 
-def resume(root, processes):
-    for name in ("file", "folder"):
-        path, callback, loaded = root / name / "x.ckpt", averaging(), []
-        look = Look(callback, loaded)
-        kwargs = {"processes": processes, "folders": name == "folder", "epochs": 3, "ckpt_path": path}
-        this = fit(Sharded(), callback, look, **kwargs)
-        assert this.world_size == processes
-        end = whole_of(callback.average.named_tensors()), whole_of(engine(callback.average).named_live())
-        rank_zero(this, (*loaded[:2], *end), path.with_name(f"resumed-{processes}.pt"))
-    if processes == 4:
-        write(root, f"2d-{os.environ['RANK']}", ended({"2d": two_dimensional}, root))
+def resume(folder, processes):
+    path, callback, loaded = folder / "x.ckpt", averaging(), []
+    look = Look(callback, loaded)
+    kwargs = {"processes": processes, "folders": folder.name == "folder", "epochs": 3, "ckpt_path": path}
+    this = fit(Sharded(), callback, look, **kwargs)
+    assert this.world_size == processes
+    end = whole_of(callback.average.named_tensors()), whole_of(engine(callback.average).named_live())
+    rank_zero(this, (*loaded[:2], *end), path.with_name(f"resumed-{processes}.pt"))
 
 
 class InTwoDimensions(Parallel):
@@ -65,7 +63,14 @@ def two_dimensional(root):
         same(engine(entire).named_live(), engine(again).named_live())
 
 
+def in_two_dimensions(root):
+    write(root, f"2d-{os.environ['RANK']}", ended({"2d": two_dimensional}, root))
+
+
 if __name__ == "__main__":
-    for processes in (1, 4):
-        codes = forked(processes, resume, Path(sys.argv[1]), processes)
-        assert codes == [0] * processes, codes
+    folder, processes = Path(sys.argv[1]), sys.argv[2]
+    if processes == "in two dimensions":
+        codes = forked(4, in_two_dimensions, folder)
+    else:
+        codes = forked(int(processes), resume, folder, int(processes))
+    assert set(codes) == {0}, codes

@@ -1,8 +1,10 @@
-"""Run by test_sharded_run in two processes: whole runs on sharded weights, with checkpoints in both formats.
+"""Run by test_sharded_run in two processes: whole runs on sharded weights, with checkpoints in one of the formats.
 
-Each process writes to ``<folder>/<rank>.json`` how each check ended: "" or what was raised.
+The folder that is given is called as the format: "file" or "folder". Each process writes to ``<folder>/<rank>.json``
+how each check ended: "" or what was raised.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -227,13 +229,10 @@ def mixed_precision(folder, folders):
     rank_zero(this, (by_hand.averages[0], by_hand.live), folder / "mixed.pt")
 
 
-def main(root, wanted):
+def main(folder, wanted):
+    folder.mkdir(exist_ok=True)
     checks = {name: function for name, function in CHECKS.items() if not wanted or name in wanted}
-    seen = {}
-    for name in ("file", "folder"):
-        (root / name).mkdir(exist_ok=True)
-        seen |= {f"{key}[{name}]": text for key, text in ended(checks, root / name, name == "folder").items()}
-    write(root, torch.distributed.get_rank(), seen)
+    write(folder, os.environ["RANK"], ended(checks, folder, folder.name == "folder"))
 
 
 if __name__ == "__main__":

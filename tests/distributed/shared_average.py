@@ -8,6 +8,7 @@ import datetime
 import math
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -92,7 +93,7 @@ def train(module, steps, *averages, seed=0):
 
 def held(average):
     """How many elements of parameters this process keeps for one average."""
-    pairs = average._course.pairing.pairs()
+    pairs = average._tracker.tensors.pairs()
     return sum(pair.averages[0].numel() for pair in pairs if not pair.candidate.is_buffer)
 
 
@@ -113,7 +114,7 @@ def followed(make, processes, decay=DECAY, steps=3, **kwargs):
     train(module, steps, whole, shared)
     assert_alike(whole, shared)
     assert shared.num_updates == steps and not equal(before, module.state_dict())
-    pairs = [pair for pair in whole._course.pairing.pairs() if not pair.candidate.is_buffer]
+    pairs = [pair for pair in whole._tracker.tensors.pairs() if not pair.candidate.is_buffer]
     shareable = sum(pair.live.numel() for pair in pairs if pair.name != "gaps")
     part = math.ceil(shareable / processes)
     expected = max(0, min(part, shareable - dist.get_rank() * part))
@@ -171,7 +172,7 @@ def check_values_by_hand(rank, processes, folder):
         shared.step()
     # with w at the start: 0.5 * (0.5 * w + 0.5 * (w + 4)) + 0.5 * (w + 12) = w + 7
     part = math.ceil(5 / processes)
-    kept = next(iter(shared._course.pairing.pairs())).averages[0]
+    kept = next(iter(shared._tracker.tensors.pairs())).averages[0]
     assert kept.tolist() == [7.0, 8.0, 9.0, 10.0, 11.0][rank * part : (rank + 1) * part]
     ((_, gathered),) = shared.named_tensors()
     assert gathered.tolist() == [[7.0, 8.0, 9.0, 10.0, 11.0]]
@@ -224,47 +225,47 @@ def check_forgotten_and_started_again(rank, processes, folder):
     train(module, 3, whole, shared)
     for each, state in zip((whole, shared), early, strict=True):
         each.load_state_dict(state)
-        assert not each.started
+        assert not engine(each).started
     assert shared.distance() == 0
     train(module, 3, whole, shared)
     assert_alike(whole, shared)
 
 
-# --- the loan -------------------------------------------------------------------------------------------------------
+# --- the swap -------------------------------------------------------------------------------------------------------
 
 
-def check_loan(rank, processes, folder):
+def check_swap(rank, processes, folder):
     for make in (Layers, Flat, Gaps, tied, lambda: Layers().bfloat16()):
         module, whole, shared = followed(make, processes)
         live, expected = clones(module.state_dict()), clones(whole.named_tensors())
         with shared.swapped():
             carried = dict(module.named_parameters())
             assert all(torch.equal(carried[n], expected[n].to(carried[n].dtype)) for n in carried)
-            with shared.suspended():
+            with engine(shared).holds.instead(None):
                 assert equal(module.state_dict(), live)
             assert all(torch.equal(carried[n], expected[n].to(carried[n].dtype)) for n in carried)
             assert equal(engine(shared).named_live(), {n: live[n] for n in dict(engine(shared).named_live())})
-            with pytest.raises(RuntimeError, match="during a loan"):
+            with pytest.raises(RuntimeError, match="while the module carries"):
                 shared.step()
         assert equal(module.state_dict(), live) and equal(shared.named_tensors(), expected)
 
 
-def check_recall_needs_no_other(rank, processes, folder):
+def check_swapping_out_needs_no_other(rank, processes, folder):
     module, _, shared = followed(Layers, processes)
     live, expected = clones(module.state_dict()), clones(shared.named_tensors())
-    loan = shared.lend()
+    shared.swap_in()
     assert all(torch.equal(parameter, expected[name]) for name, parameter in module.named_parameters())
     if rank == 0:
-        loan.recall()
+        shared.swap_out()
         assert equal(module.state_dict(), live)
-    dist.barrier()  # the others have not recalled, and take theirs back later
+    dist.barrier()  # the others have not swapped out, and do so later
     if rank > 0:
-        loan.recall()
+        shared.swap_out()
         assert equal(module.state_dict(), live)
 
 
-def check_writes_during_the_loan(rank, processes, folder):
-    """What is lent was gathered for the loan: a write reaches neither the average nor the live weights."""
+def check_writes_during_the_swap(rank, processes, folder):
+    """What is carried was gathered for the swap: a write reaches neither the average nor the live weights."""
     for make in (Layers, Flat):
         module, _, shared = followed(make, processes)
         live, expected = clones(module.state_dict()), clones(shared.named_tensors())
@@ -274,7 +275,7 @@ def check_writes_during_the_loan(rank, processes, folder):
         assert equal(module.state_dict(), live) and equal(shared.named_tensors(), expected)
 
 
-def check_deliver_and_take_back(rank, processes, folder):
+def check_apply_and_restore(rank, processes, folder):
     for make in (Layers, Flat, tied, lambda: Layers().bfloat16()):
         module, whole, shared = followed(make, processes, [Constant(0.9), Constant(0.5)])
         live, expected = clones(module.state_dict()), clones(whole.named_tensors())
@@ -304,24 +305,24 @@ def check_apply(rank, processes, folder):
     assert equal(engine(shared).named_live(), expected) and equal(shared.named_tensors(), expected)
 
 
-def check_alone(rank, processes, folder):
+def check_collectives_off(rank, processes, folder):
     """After an exception nothing waits for other processes; here indeed only one process asks."""
     module, _, shared = followed(Layers, processes)
     live = clones(module.state_dict())
     if rank == 0:
-        shared.alone = True
+        engine(shared).collectives_off = True
         for call in (
-            shared.lend,
-            shared.deliver,
+            shared.swap_in,
+            partial(shared.apply, keep=True),
             shared.apply,
             shared.state_dict,
             lambda: list(shared.named_tensors()),
         ):
-            with pytest.raises(RuntimeError, match="shared among processes"):
+            with pytest.raises(RuntimeError, match="partitioned among processes"):
                 call()
-        assert equal(module.state_dict(), live) and shared.loan is None and not shared.delivered
+        assert equal(module.state_dict(), live) and not engine(shared).weights.held
         shared.step()
-        shared.alone = False
+        engine(shared).collectives_off = False
     else:
         shared.step()
     with shared.swapped():
@@ -338,7 +339,7 @@ def check_reconciled_statistics(rank, processes, folder):
         live, stored = clones(module.state_dict()), clones(average.named_tensors())
         for how, expected in (("first", by_rank[0]), ("mean", sum(by_rank) / processes), (None, by_rank[rank])):
             engine(average).sync_buffers = how
-            for carry in (WeightAverage.lent, delivered):
+            for carry in (WeightAverage.swapped, applied):
                 with carry(average):
                     assert torch.allclose(module.norm.running_mean, torch.full((7,), expected), atol=1e-6)
                     assert torch.allclose(module.norm.running_var, torch.full((7,), 1 + expected), atol=1e-6)
@@ -347,7 +348,7 @@ def check_reconciled_statistics(rank, processes, folder):
 
 
 @contextmanager
-def delivered(average):
+def applied(average):
     average.apply(keep=True)
     yield
     average.restore()
@@ -416,7 +417,7 @@ def check_state_of_other_processes(rank, processes, folder):
         module.first.weight.data = turn(module.first.weight.data)
         shared = WeightAverage(module, [Constant(0.9), Bema(kappa=0.5)], shard=True)
         shared.load_state_dict(state)
-        pairs = list(shared._course.pairing.pairs())
+        pairs = list(shared._tracker.tensors.pairs())
         for pair in pairs:
             assert torch.equal(pair.whole(pair.averages[0]), state["average"][pair.name])
             assert torch.equal(pair.whole(pair.averages[1]), state["others"][0][pair.name])

@@ -42,7 +42,7 @@ class WithoutPadding(Whole):
 
 @pytest.fixture
 def padded(monkeypatch):
-    monkeypatch.setattr(base, "_FOUND", list(base._FOUND))
+    monkeypatch.setattr(base, "_RECOGNIZED", list(base._RECOGNIZED))
     base.register(cut := WithoutPadding())
     return cut
 

@@ -4,13 +4,14 @@ import json
 
 import ddp_failures
 import pytest
-from two_processes import run
+from two_processes import HERE, python, run
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp_failures")
-    run("ddp_failures.py", folder)
+    ran = run("ddp_failures.py", folder)
+    assert all((folder / name).exists() for name in ("ended.json", "resumed-0.json")), ran.stderr
     return folder
 
 
@@ -48,5 +49,5 @@ def test_a_whole_average_is_saved_by_the_first_process_alone(resumed):
 
 
 def test_a_script_that_started_its_processes_ends(tmp_path):
-    ended = run("ddp_failures.py", tmp_path, "launched")
+    ended = python(HERE / "ddp_failures.py", tmp_path, "launched")
     assert ended.returncode != 0 and "a bug" in ended.stderr

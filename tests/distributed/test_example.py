@@ -9,6 +9,7 @@ import pytest
 import torch
 from two_processes import run
 
+pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPT = EXAMPLES / "05_distributed.py"
 

@@ -4,6 +4,7 @@ import json
 import runpy
 import sys
 import warnings
+from functools import cache
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from two_processes import ended, run
 from lightning_ema import export_average
 from lightning_ema.__main__ import main
 
-FORMATS = ["file", "folder"]
+FORMATS = [pytest.param("file", marks=pytest.mark.slow), "folder"]
 
 
 @pytest.fixture(scope="module")
@@ -26,19 +27,26 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def seen(root):
-    """How each check ended, in each of two processes."""
-    return ended("sharded_run.py", root)
+    """How each check of a format ended, in each of two processes."""
+    return cache(lambda format_: ended("sharded_run.py", root / format_))
+
+
+@pytest.fixture(scope="module")
+def folder(seen, root):
+    seen("folder")
+    return root / "folder"
 
 
 @pytest.mark.parametrize("format_", FORMATS)
 @pytest.mark.parametrize("name", CHECKS)
 def test_two_processes(seen, name, format_):
-    assert [rank[f"{name}[{format_}]"] for rank in seen] == ["", ""]
+    assert [rank[name] for rank in seen(format_)] == ["", ""]
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("format_", FORMATS)
 def test_the_average_is_that_of_one_process(seen, root, format_):
+    seen(format_)
     for mine, reference in zip(torch.load(root / format_ / "x.pt"), averages_alone(), strict=True):
         same(mine, reference, 1e-6)
 
@@ -46,6 +54,7 @@ def test_the_average_is_that_of_one_process(seen, root, format_):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("format_", FORMATS)
 def test_under_mixed_precision_too(seen, root, format_):
+    seen(format_)
     # gradients of half a batch are rounded to bf16 before they are added: 1.1e-3 between the averages was seen
     for mine, reference in zip(
         torch.load(root / format_ / "mixed.pt"), averages_alone(precision="bf16-mixed"), strict=True
@@ -55,13 +64,21 @@ def test_under_mixed_precision_too(seen, root, format_):
 
 @pytest.fixture(scope="module")
 def resumed(seen, root):
-    ran = run("sharded_resume.py", root)
-    assert ran.returncode == 0, ran.stderr
+    """Resumes what two processes wrote in a format in another number of processes."""
+
+    @cache
+    def resume(format_, processes):
+        seen(format_)
+        ran = run("sharded_resume.py", root / format_, processes)
+        assert ran.returncode == 0, ran.stderr
+
+    return resume
 
 
-@pytest.mark.parametrize("processes", [1, 4])
+@pytest.mark.parametrize("processes", [1, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("format_", FORMATS)
 def test_other_numbers_of_processes_resume(resumed, root, format_, processes):
+    resumed(format_, processes)
     average, live, average_at_end, live_at_end = torch.load(root / format_ / f"resumed-{processes}.pt")
     for loaded, written in zip((average, live), torch.load(root / format_ / "x.pt"), strict=True):
         same(loaded, written)
@@ -69,8 +86,11 @@ def test_other_numbers_of_processes_resume(resumed, root, format_, processes):
         same(end, expected, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_four_processes_sharded_and_tensor_parallel(resumed, root):
+def test_four_processes_sharded_and_tensor_parallel(root):
+    ran = run("sharded_resume.py", root, "in two dimensions")
+    assert ran.returncode == 0, ran.stderr
     seen = [json.loads((root / f"2d-{rank}.json").read_text()) for rank in range(4)]
     assert seen == [{"2d": ""}] * 4
     (average, live), (of_alone, live_alone) = torch.load(root / "2d.pt"), averages_alone(Parallel)
@@ -82,9 +102,9 @@ def test_four_processes_sharded_and_tensor_parallel(resumed, root):
 
 
 @pytest.fixture(scope="module")
-def consolidated(seen, root):
+def consolidated(folder):
     """A file that Lightning's command line made of a folder with two averages."""
-    folder = root / "folder" / "several.ckpt"
+    folder = folder / "several.ckpt"
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         patch.setattr(sys, "argv", ["consolidate_checkpoint", str(folder)])
@@ -93,13 +113,13 @@ def consolidated(seen, root):
 
 
 @pytest.fixture(scope="module", params=["folder", "consolidated"])
-def written(request, consolidated, root):
-    return root / "folder" / "several.ckpt" if request.param == "folder" else consolidated
+def written(request, consolidated, folder):
+    return folder / "several.ckpt" if request.param == "folder" else consolidated
 
 
 @pytest.fixture(scope="module")
-def expected(seen, root):
-    return torch.load(root / "folder" / "several.pt")
+def expected(folder):
+    return torch.load(folder / "several.pt")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -127,7 +147,7 @@ def test_the_command_line_says_what_it_holds(written, expected, capsys):
     assert f"distance between live weights and average: {distance:.4g} of" in said
 
 
-def test_a_weights_only_folder_is_the_averaged_module(seen, root, capsys):
-    folder = next((root / "folder" / "kept").glob("bare-*"))
-    assert main(["inspect", str(folder)]) == 0
+def test_a_weights_only_folder_is_the_averaged_module(folder, capsys):
+    bare = next((folder / "kept").glob("bare-*"))
+    assert main(["inspect", str(bare)]) == 0
     assert "no average of lightning_ema (a weights-only file holds the averaged model" in capsys.readouterr().out

@@ -11,7 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, Mul
 from torchmetrics.wrappers import MetricTracker, MinMaxMetric, Running
 
 from lightning_ema import Constant, WeightAverage
-from lightning_ema.evaluation.module_state import Aside
+from lightning_ema.evaluation.module_state import ModuleState
 
 
 class Meter:
@@ -133,7 +133,7 @@ def test_an_attribute_is_put_back(kind, inference):
     module = Holds(make())
     value = module.value
     with torch.inference_mode(inference):
-        aside = Aside(module)
+        aside = ModuleState(module)
         write(module)
     aside.put_back()
     assert module.value is value
@@ -142,7 +142,7 @@ def test_an_attribute_is_put_back(kind, inference):
 
 def test_what_was_not_there_is_gone_and_what_was_deleted_is_back():
     module = Holds(1)
-    aside = Aside(module)
+    aside = ModuleState(module)
     module.new, module.training = 2, False
     del module.value
     aside.put_back()
@@ -167,7 +167,7 @@ def test_the_block_begins_as_it_began_and_ends_as_it_was():
 
     module = Gathers()
     outputs, count = module.outputs, module.count
-    begun = Aside(module)
+    begun = ModuleState(module)
     module.step(1.0)
     module.step(3.0)
     assert module.all() == (2, [1.0, 3.0], 2.0, 4.0)
@@ -184,7 +184,7 @@ def test_the_block_begins_as_it_began_and_ends_as_it_was():
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_whatever_is_raised_inside(error):
     module = Holds([1])
-    begun = Aside(module)
+    begun = ModuleState(module)
     module.value.append(2)
 
     def fails():
@@ -200,7 +200,7 @@ def test_whatever_is_raised_inside(error):
 def test_a_buffer_that_was_replaced_or_added():
     module = nn.BatchNorm1d(2)
     mean = module.running_mean
-    aside = Aside(module)
+    aside = ModuleState(module)
     mean.add_(5)
     module.running_mean = torch.full((2,), 7.0)
     module.register_buffer("other", torch.ones(1), persistent=False)
@@ -215,7 +215,7 @@ def test_parameters_are_left_alone_under_whatever_name():
     module.flat = module[0].weight.data.view(-1)
     module.register_buffer("alias", module[0].weight.data)
     module.listed = [module[0].weight]
-    aside = Aside(module)
+    aside = ModuleState(module)
     with torch.no_grad():
         module[0].weight.fill_(3)
     aside.put_back()
@@ -224,7 +224,7 @@ def test_parameters_are_left_alone_under_whatever_name():
 
 def test_a_buffer_given_another_storage_keeps_what_it_was_given():
     module = nn.BatchNorm1d(2)
-    begun = Aside(module)
+    begun = ModuleState(module)
     live = module.running_mean.data
     module.num_batches_tracked += 4
     module.running_mean.data = torch.full((2,), 7.0)
@@ -245,7 +245,7 @@ def test_optimizers_open_files_and_users_objects_with_such_are_left_alone(tmp_pa
     module = nn.Linear(2, 2)
     module.optimizer = torch.optim.SGD(module.parameters(), 0.1)
     module.writer = Writer()
-    aside = Aside(module)
+    aside = ModuleState(module)
     module.optimizer.param_groups[0]["lr"] = 0.5
     module.writer.lines = 3
     aside.put_back()
@@ -259,7 +259,7 @@ def test_an_average_that_the_module_holds_is_left_alone(count_allocations):
     module.average = WeightAverage(module, decay=Constant(0.5))
     module.average.step()
     with count_allocations() as counted:
-        aside = Aside(module)
+        aside = ModuleState(module)
     assert counted.total == 0
     module.average.step()
     aside.put_back()
@@ -269,7 +269,7 @@ def test_an_average_that_the_module_holds_is_left_alone(count_allocations):
 def test_one_thing_that_cannot_be_put_back_does_not_keep_the_others():
     module = Holds(torch.ones(1).expand(3))
     module.after = [1]
-    aside = Aside(module)
+    aside = ModuleState(module)
     module.value.data.untyped_storage().copy_(torch.full((1,), 2.0).untyped_storage())
     module.after.append(2)
     with pytest.raises(RuntimeError, match="single memory location"):
@@ -279,7 +279,7 @@ def test_one_thing_that_cannot_be_put_back_does_not_keep_the_others():
 
 def test_a_container_that_did_not_change_is_not_written_to():
     module = Holds(OrderedDict(a=1, b=2))  # says so when it is written to while it is read
-    aside = Aside(module)
+    aside = ModuleState(module)
     reading = iter(module.value)
     next(reading)
     aside.put_back()
@@ -291,7 +291,7 @@ def test_a_list_that_hangs_on_the_class():
         outputs = []  # noqa: RUF012
 
     module = Shared()
-    aside = Aside(module)
+    aside = ModuleState(module)
     module.outputs.append(1)
     aside.put_back()
     assert Shared.outputs == []
@@ -308,7 +308,7 @@ class ReadOnly(OrderedDict):
 
 def test_containers_that_forbid_being_written_to():
     module = Holds(ReadOnly(a=1, b=[2]))
-    aside = Aside(module)
+    aside = ModuleState(module)
     module.value["b"].append(3)
     module.value["c"] = 4
     aside.put_back()
@@ -317,7 +317,7 @@ def test_containers_that_forbid_being_written_to():
 
 def test_names_to_leave():
     module = Holds([1])
-    aside = Aside(module, leave={"value", "later"})
+    aside = ModuleState(module, leave={"value", "later"})
     module.value.append(2)
     module.later = 3
     aside.put_back()
@@ -332,13 +332,13 @@ def test_memory_mapped_and_read_only_arrays_are_neither_read_nor_written(tmp_pat
     module = Holds(Mapped(tmp_path / "values", mode="w+", shape=(3,)))
     module.frozen = np.array([np.nan])  # which does not equal itself
     module.frozen.flags.writeable = False
-    Aside(module).put_back()
+    ModuleState(module).put_back()
 
 
 def test_what_was_made_in_inference_mode_is_put_back_outside_of_it():
     with torch.inference_mode():
         module = Holds(torch.zeros(2))
-        aside = Aside(module)
+        aside = ModuleState(module)
         module.value += 1
     aside.put_back()
     assert module.value.tolist() == [0, 0]
@@ -355,7 +355,7 @@ def test_scripted_modules_lazy_and_sparse_buffers():
             self.register_buffer("nowhere", torch.ones(2, device="meta"))
 
     module = Odd()
-    aside = Aside(module)
+    aside = ModuleState(module)
     module.scripted(torch.ones(4, 2))
     assert module.scripted.num_batches_tracked == 1
     aside.put_back()
@@ -405,7 +405,7 @@ def test_metrics(kind, computed_before):
 
     module = Holds(metrics()[kind])
     with torch.inference_mode():
-        begun = Aside(module)
+        begun = ModuleState(module)
         if kind == "tracker":
             module.value.increment()
         update(module.value, 1)
@@ -428,7 +428,7 @@ def test_metrics(kind, computed_before):
 
 def test_what_the_first_pass_gathers_is_not_copied(count_allocations):
     module = Holds([])
-    begun = Aside(module)
+    begun = ModuleState(module)
     module.value.append(torch.ones(1000))
     with count_allocations() as counted, begun.again():
         pass

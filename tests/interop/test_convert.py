@@ -29,6 +29,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lightning_ema import Constant, Cosine, EMACallback, export_average, interop, recipes
 from lightning_ema.__main__ import main
+from lightning_ema.interop.naming import named_in_order
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what a Trainer has to say of missing loops and few workers
 
@@ -206,7 +207,7 @@ class Watch(Callback):
         self.averaged = clones(average.named_tensors())
         self.counters = average.num_steps, average.num_updates
         with average.swapped():
-            self.lent = clones(pl_module.state_dict())
+            self.carried = clones(pl_module.state_dict())
 
 
 @pytest.mark.parametrize("system", LAYOUTS)
@@ -225,7 +226,7 @@ def test_a_file_is_recognised_and_a_trainer_goes_on_with_its_average(system, tmp
     live, floats = live or average, {name for name in average if average[name].is_floating_point()}
     assert equal(watch.live, live)
     assert equal(watch.averaged, {name: average[name] for name in floats})
-    assert equal(watch.lent, {name: (average if name in floats else live)[name] for name in average})
+    assert equal(watch.carried, {name: (average if name in floats else live)[name] for name in average})
     assert watch.counters == (7, 7)
     assert callback.average.num_steps == 7 + 12
 
@@ -354,7 +355,7 @@ def test_stochastic_weight_averaging_as_lightning_writes_it(tmp_path):
     fit(seeded(), StochasticWeightAveraging(0.01, swa_epoch_start=2), kept, max_epochs=5)
     found = interop.read(tmp_path / "swa.ckpt")
     assert found.updates == 3 and found.steps is None
-    for name in PARAMETERS:  # it absorbs the weights at the start of the epochs 1, 2 and 3
+    for name in PARAMETERS:  # it averages the weights at the start of the epochs 1, 2 and 3
         torch.testing.assert_close(found.weights[name], sum(each[name] for each in kept.states[:3]) / 3)
     assert equal(found.live, kept.live)
     assert torch.equal(found.weights["net.1.running_mean"], kept.live["net.1.running_mean"])
@@ -405,7 +406,7 @@ def test_a_file_with_code_is_refused_and_the_risk_is_said(tmp_path, capsys):
 
 def test_code_of_a_program_that_is_not_there(tmp_path, capsys, monkeypatch):
     torch.save(yolo(), tmp_path / "best.pt")
-    monkeypatch.delattr("test_interop.Yolo")
+    monkeypatch.delattr("test_convert.Yolo")
     assert main(["import", str(tmp_path / "best.pt"), "--as", "weights", "--allow-code"]) == 1
     assert "must be importable" in capsys.readouterr().err
 
@@ -533,20 +534,20 @@ def linear(*sizes):
 
 def test_a_list_is_paired_in_order_where_shapes_leave_one_way_only():
     values = [torch.ones(4, 3), torch.ones(6, 3)]
-    paired = interop.named_in_order(values, linear(4, 5, 6))  # the second one was frozen
+    paired = named_in_order(values, linear(4, 5, 6))  # the second one was frozen
     assert list(paired) == ["0.weight", "2.weight"]
     with pytest.raises(ValueError, match=r"in several ways: number 1: 0\.weight or 1\.weight.*torch\.save\("):
-        interop.named_in_order(values, linear(4, 4, 6))
+        named_in_order(values, linear(4, 4, 6))
     with pytest.raises(ValueError, match=r"none left for number 2, of shape \(6, 3\), after 0\.weight"):
-        interop.named_in_order(values, linear(4, 5, 5))
+        named_in_order(values, linear(4, 5, 5))
     with pytest.raises(ValueError, match="number 2"):  # the order counts
-        interop.named_in_order(values, linear(6, 4))
+        named_in_order(values, linear(6, 4))
 
 
 def test_a_tied_parameter_is_one_of_the_list():
     shared = torch.zeros(4, 3)
     model = {"encoder.weight": shared, "middle.weight": torch.zeros(4, 3), "decoder.weight": shared}
-    paired = interop.named_in_order([torch.ones(4, 3), torch.ones(4, 3)], model)
+    paired = named_in_order([torch.ones(4, 3), torch.ones(4, 3)], model)
     assert list(paired) == ["encoder.weight", "middle.weight"]
 
 

@@ -141,7 +141,6 @@ class TestKilled:
     """A child process trains and saves after every epoch; it is killed, and a new one goes on from the last file."""
 
     EPOCHS = 12
-    KILLS = 30
 
     def child(self, folder):
         """Trains from the newest file that can be read to the end, and writes the final average."""
@@ -184,7 +183,8 @@ class TestKilled:
         return True
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="the harness forks, so that a new process costs no new imports")
-    def test_the_final_average_is_that_of_the_uninterrupted_run(self, tmp_path):
+    @pytest.mark.parametrize("at_least", [4, pytest.param(30, marks=pytest.mark.slow)])
+    def test_the_final_average_is_that_of_the_uninterrupted_run(self, at_least, tmp_path):
         whole = tmp_path / "whole"
         whole.mkdir()
         started = time.monotonic()
@@ -193,13 +193,13 @@ class TestKilled:
         expected = torch.load(whole / "final.pt", weights_only=True)
         assert expected["num_steps"] == self.EPOCHS * BATCHES
         moments, kills, round_ = random.Random(0), 0, 0
-        while kills < self.KILLS:
+        while kills < at_least:
             folder = tmp_path / str(round_)
             folder.mkdir()
             round_ += 1
             while self.run_until(folder, moments.uniform(0.05, 0.6) * length):
                 kills += 1
-                assert kills < 20 * self.KILLS, "no round ever ends"
+                assert kills < 20 * at_least, "no round ever ends"
             result = torch.load(folder / "final.pt", weights_only=True)
             assert result["num_steps"] == expected["num_steps"]
             assert equal(result["average"], expected["average"])

@@ -21,6 +21,7 @@ from helpers import (
     seed_everything,
     seeded,
     trainer,
+    widest,
 )
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BaseFinetuning, OnExceptionCheckpoint
@@ -182,7 +183,12 @@ def uninterrupted(tmp_path_factory):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("point", "setting"),
-    [(point, setting) for point in POINTS for setting in SETTINGS if point == "mid epoch" or "decay" not in setting],
+    [
+        pytest.param(point, setting, marks=widest(point == "mid epoch" or setting in ("plain", "switched at steps")))
+        for point in POINTS
+        for setting in SETTINGS
+        if point == "mid epoch" or "decay" not in setting
+    ],
 )
 def test_automatic_optimization(point, setting, uninterrupted):
     if (point, setting) == ("mid epoch", "accumulation") and Version(lightning.__version__) < Version("2.5"):

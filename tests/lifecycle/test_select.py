@@ -1,4 +1,4 @@
-"""One of several averages is selected in each validation, by scores that are worked out here in trainers of their own."""
+"""One of several averages is selected in each validation, by scores worked out here in trainers of their own."""
 
 import copy
 import logging
@@ -239,7 +239,9 @@ def test_a_run_resumed_inside_a_validation_selects_in_the_same_ones(tmp_path):
 @pytest.mark.parametrize("kwargs", [{"limit_val_batches": 0}, {"max_steps": 5}])
 def test_a_run_in_which_nothing_could_be_selected_says_so(kwargs):
     callback = selecting()
-    with pytest.warns(UserWarning, match=r"Select\('val_loss'\) selected nothing: no validation was run after the first upd"):
+    with pytest.warns(
+        UserWarning, match=r"Select\('val_loss'\) selected nothing: no validation was run after the first upd"
+    ):
         fit(seeded(), callback, **kwargs)
     assert callback.selected is callback.average
 

@@ -133,7 +133,9 @@ def test_further_averages_are_logged_where_there_are_several(evaluate, tmp_path)
     first = {"ema/decay", "ema/distance", "ema/updates"}
     assert keys([0.9]) == first
     words = ("ema_0.99", "ema_Constant_0.5")
-    assert keys([0.9, 0.99, Constant(0.5)]) == first | {f"{word}/{what}" for word in words for what in ("decay", "distance")}
+    assert keys([0.9, 0.99, Constant(0.5)]) == first | {
+        f"{word}/{what}" for word in words for what in ("decay", "distance")
+    }
 
 
 def test_what_is_logged_belongs_to_its_average(tmp_path):
@@ -151,7 +153,7 @@ def test_all_of_one_average_are_it_and_the_live_weights():
     assert equal(*scores)
 
 
-def test_training_and_a_plain_validation_are_those_of_the_first_alone():
+def test_training_and_a_plain_validation_are_those_of_the_on_first_only():
     one, several = seeded(), seeded()
     scores = []
     for module, decay in ((one, 0.9), (several, DECAYS)):

@@ -102,6 +102,8 @@ def test_a_second_fit_goes_on_with_the_average_that_has_started():
 
 
 def test_a_run_whose_length_is_not_known_is_refused():
-    message = r"start_epoch=0.5 is a share of the run's steps, .* not known here. Write a whole number of epochs"
+    message = (
+        r"start_epoch=0.5 is a share of the run's steps, .* not known here. Write a whole number of epochs, or start"
+    )
     with pytest.raises(ValueError, match=message):
         fit(seeded(), ema(start_epoch=0.5), max_epochs=-1, max_steps=-1)

@@ -33,9 +33,7 @@ class Torch(Callback):
 @pytest.mark.parametrize(("start_epoch", "every"), [(0, 1), (1, 1), (1, 3), (2, BATCHES)])
 def test_weights_and_statistics_are_those_of_torch(start_epoch, every):
     reference, module = Torch(start_epoch, every), seeded(Network)
-    callback = EMACallback(
-        Equal(), start_epoch=start_epoch, every_n_steps=every, buffers=Recalibrate(batches=BATCHES)
-    )
+    callback = EMACallback(Equal(), start_epoch=start_epoch, every_n_steps=every, buffers=Recalibrate(batches=BATCHES))
     fit(module, callback, reference, max_epochs=4)
     assert callback.average.num_updates == int(reference.averaged.n_averaged) == (4 - start_epoch) * BATCHES // every
     update_bn(loader(), reference.averaged)

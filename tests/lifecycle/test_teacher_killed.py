@@ -2,11 +2,12 @@
 
 import os
 import signal
+from itertools import product
 
 import lightning
 import pytest
 import torch
-from helpers import equal
+from helpers import equal, widest
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from packaging.version import Version
@@ -86,8 +87,13 @@ def whole(tmp_path_factory):
     return {setting: what_is_at(go_on(tmp_path_factory.mktemp("whole"), setting)) for setting in SETTINGS}
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(
+    ("setting", "moment"),
+    [
+        pytest.param(setting, moment, marks=widest(setting == "plain" or moment == "before a step"))
+        for setting, moment in product(SETTINGS, MOMENTS)
+    ],
+)
 def test_it_ends_where_the_uninterrupted_run_does(setting, moment, whole, tmp_path):
     if setting == "accumulation" and Version(lightning.__version__) < Version("2.5"):
         pytest.skip("Lightning 2.4 itself, without any callback, does not resume exactly inside an accumulation")

@@ -1,9 +1,12 @@
 """Nothing is lost of a teacher either: a run taken up from any point ends bit for bit where the whole one does."""
 
+from functools import cache
+from itertools import product
+
 import lightning
 import pytest
 import torch
-from helpers import clones, ema, equal, loader, seed_everything, seeded, trainer
+from helpers import clones, ema, equal, loader, seed_everything, seeded, trainer, widest
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from packaging.version import Version
@@ -28,6 +31,7 @@ class CalmManual(Manual, Calm):
     pass
 
 
+RESUMED = [point for point in POINTS if point != "end of training"]
 SETTINGS = {
     "plain": (Calm, {}, {}),
     "copied buffers": (Calm, {"buffers": "copy"}, {}),
@@ -64,19 +68,42 @@ def assert_same_end(first, second):
     assert all(equal(a, b) for a, b in zip(first.optimizers, second.optimizers, strict=True))
 
 
-@pytest.mark.parametrize("with_ema", [False, True], ids=["alone", "beside an EMACallback"])
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("point", [point for point in POINTS if point != "end of training"])
-def test_from_any_point(point, setting, with_ema, tmp_path):
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Runs a setting once to its end, with saves at all points that such a run passes; gives the end and the files."""
+
+    @cache
+    def run_once(setting, with_ema, in_mid_epoch):
+        points = [point for point in RESUMED if bool(POINTS[point][2]) == in_mid_epoch]
+        folder, (kind, config, settings) = tmp_path_factory.mktemp("whole"), SETTINGS[setting]
+        savers = {point: Saves(POINTS[point][0], folder / f"{point}.ckpt", POINTS[point][1]) for point in points}
+        more = POINTS[points[0]][2]
+        end = run(kind, config, *savers.values(), *averages(with_ema), **settings, **more)
+        assert all(saver.count >= saver.at for saver in savers.values())
+        return end, {point: saver.path for point, saver in savers.items()}
+
+    return run_once
+
+
+def averages(with_ema):
+    return [ema()] if with_ema else []
+
+
+@pytest.mark.parametrize(
+    ("point", "setting", "with_ema"),
+    [
+        pytest.param(*case, marks=widest(case[0] == "mid epoch" or case[1:] == ("plain", True)))
+        for case in product(RESUMED, SETTINGS, [False, True])
+    ],
+    ids=lambda value: {False: "alone", True: "beside an EMACallback"}.get(value, value),
+)
+def test_from_any_point(point, setting, with_ema, uninterrupted):
     if (point, setting) == ("mid epoch", "accumulation") and Version(lightning.__version__) < Version("2.5"):
         pytest.skip("Lightning 2.4 itself, without any callback, does not resume exactly inside an accumulation")
-    hook, at, more = POINTS[point]
-    kind, config, settings = SETTINGS[setting]
-    averages = lambda: [ema()] if with_ema else []  # noqa: E731
-    saver = Saves(hook, tmp_path / "x.ckpt", at)
-    whole = run(kind, config, saver, *averages(), **settings, **more)
-    assert saver.count >= at
-    assert_same_end(whole, run(kind, config, *averages(), ckpt_path=tmp_path / "x.ckpt", **settings, **more))
+    (kind, config, settings), more = SETTINGS[setting], POINTS[point][2]
+    whole, files = uninterrupted(setting, with_ema, bool(more))
+    again = run(kind, config, *averages(with_ema), ckpt_path=files[point], **settings, **more)
+    assert_same_end(whole, again)
 
 
 class Fails(Callback):

@@ -1,9 +1,9 @@
-"""Lists cut into portions: each element once, in order, and never more of them than asked for."""
+"""Lists cut into chunks: each element once, in order, and never more of them than asked for."""
 
 import pytest
 import torch
 
-from lightning_ema.ops.chunks import WORTH_CUTTING, flat_alike, portions
+from lightning_ema.ops.chunks import WORTH_CUTTING, chunks, flat_alike
 
 SIZE = 64
 
@@ -19,7 +19,7 @@ def numbered(shapes):
 
 
 def elements(cut, place):
-    return [int(element) for portion in cut for tensor in portion[place] for element in tensor.flatten()]
+    return [int(element) for chunk in cut for tensor in chunk[place] for element in tensor.flatten()]
 
 
 @pytest.mark.parametrize(
@@ -38,16 +38,16 @@ def elements(cut, place):
 )
 def test_each_element_comes_once_and_in_order(shapes):
     tensors = numbered(shapes)
-    cut = list(portions([tensors, [-tensor for tensor in tensors]], SIZE))
+    cut = list(chunks([tensors, [-tensor for tensor in tensors]], SIZE))
     count = sum(tensor.numel() for tensor in tensors)
     assert elements(cut, 0) == list(range(count))
     assert elements(cut, 1) == [-number for number in range(count)]
-    assert all(sum(tensor.numel() for tensor in each) <= SIZE for portion in cut for each in portion)
+    assert all(sum(tensor.numel() for tensor in each) <= SIZE for chunk in cut for each in chunk)
 
 
 def test_pieces_fill_a_portion_but_small_tensors_are_left_whole():
     worth = SIZE // WORTH_CUTTING + 1
-    sizes = lambda *counts: [[t.numel() for t in own] for (own,) in portions([numbered([(n,) for n in counts])], SIZE)]  # noqa: E731
+    sizes = lambda *counts: [[t.numel() for t in own] for (own,) in chunks([numbered([(n,) for n in counts])], SIZE)]  # noqa: E731
     assert sizes(10, 2 * SIZE) == [[10, SIZE - 10], [SIZE], [10]]
     assert sizes(SIZE - 1, worth) == [[SIZE - 1, 1], [worth - 1]]
     assert sizes(SIZE - 1, worth - 1) == [[SIZE - 1], [worth - 1]]
@@ -60,22 +60,22 @@ def test_tensors_of_different_memory_orders_are_cut_at_the_same_places(shape):
     second = torch.empty(tuple(reversed(shape)), dtype=torch.int64).permute(*reversed(range(first.dim()))).copy_(first)
     if first.dim() == 1:
         second = torch.stack([first, first], 1)[:, 0]
-    cut = list(portions([[first], [second]], SIZE))
+    cut = list(chunks([[first], [second]], SIZE))
     assert elements(cut, 0) == elements(cut, 1)
     assert sorted(elements(cut, 0)) == list(range(first.numel()))
-    assert all(tensor.numel() <= SIZE for portion in cut for each in portion for tensor in each)
+    assert all(tensor.numel() <= SIZE for chunk in cut for each in chunk for tensor in each)
 
 
 def test_portions_are_views():
     tensor = torch.zeros(3 * SIZE)
-    for ((part,),) in portions([[tensor]], SIZE):
+    for ((part,),) in chunks([[tensor]], SIZE):
         part.add_(1)
     assert tensor.eq(1).all()
 
 
 def test_lists_of_different_lengths_are_refused():
     with pytest.raises(ValueError, match="zip"):
-        list(portions([[torch.ones(1)], []], SIZE))
+        list(chunks([[torch.ones(1)], []], SIZE))
 
 
 def test_flat_where_the_memory_has_no_gaps():

@@ -11,7 +11,7 @@ from helpers import engine, seeded
 from torch import nn
 
 from lightning_ema import Constant, WeightAverage
-from lightning_ema.averaging import update as absorption
+from lightning_ema.averaging import update as updates
 from lightning_ema.ops.fused import BLOCK, TOGETHER, FusedLerp, fits, lerp_of
 from lightning_ema.ops.lerp import AlikeLerp, CastLerp, lerp_reference_
 
@@ -24,16 +24,16 @@ SHAPES = [(3, 5), (), (0, 4), (BLOCK,), (2 * BLOCK + 1,), (4, 3, 8, 8), (7,)]
 def interpreted(monkeypatch):
     """The kernel runs on tensors of the CPU."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.delitem(sys.modules, "lightning_ema.fused_kernel", raising=False)
-    module = importlib.import_module("lightning_ema.fused_kernel")
-    monkeypatch.setitem(sys.modules, "lightning_ema.fused_kernel", module)
+    monkeypatch.delitem(sys.modules, "lightning_ema.ops.triton_lerp", raising=False)
+    module = importlib.import_module("lightning_ema.ops.triton_lerp")
+    monkeypatch.setitem(sys.modules, "lightning_ema.ops.triton_lerp", module)
 
 
 @pytest.fixture
 def compiled(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.delitem(sys.modules, "lightning_ema.fused_kernel", raising=False)
-    return importlib.import_module("lightning_ema.fused_kernel")
+    monkeypatch.delitem(sys.modules, "lightning_ema.ops.triton_lerp", raising=False)
+    return importlib.import_module("lightning_ema.ops.triton_lerp")
 
 
 def lists(count, dtype, shapes=SHAPES):
@@ -97,7 +97,7 @@ def test_where_the_kernel_cannot_be_built_the_update_is_made_in_portions(compile
     averages, lives = lists(1, torch.bfloat16)
     expected = [average.clone() for average in averages[0]]
     update = FusedLerp(averages, lives, CastLerp)
-    with pytest.warns(UserWarning, match="could not be built .*made in portions instead"):
+    with pytest.warns(UserWarning, match="could not be built .*made in chunks instead"):
         update([0.25])  # no GPU for Triton to build for
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once
@@ -127,7 +127,7 @@ def test_an_average_through_the_kernel_while_the_module_changes(interpreted, mon
         made.append(FusedLerp(averages, lives, None))
         return made[-1]
 
-    monkeypatch.setattr(absorption, "lerp_of", fused)
+    monkeypatch.setattr(updates, "lerp_of", fused)
     network = seeded(lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))).bfloat16()
     average = WeightAverage(network, [Constant(0.9), Constant(0.5)])
     expected = [{n: t.detach().double() for n, t in one.named_tensors()} for one in average.averages]

@@ -9,10 +9,10 @@ import torch
 from helpers import BATCHES, Regression, ema, fit, seeded
 
 from lightning_ema import Constant, WeightAverage
-from lightning_ema.averaging import update as absorption
+from lightning_ema.averaging import update as updates
 from lightning_ema.ops import offload as module_under_test
 from lightning_ema.ops.lerp import CHUNK, lerp_reference_
-from lightning_ema.ops.offload import Offload, Update, absorb_through_buffers_
+from lightning_ema.ops.offload import Offload, Update, update_through_buffers_
 
 
 def tensors(dtype=torch.float32):
@@ -32,7 +32,7 @@ def empty(lives):
 def test_through_buffers_is_the_plain_update(dtype):
     lives = tensors(dtype)
     got, expected = [empty(lives), empty(lives)], [empty(lives), empty(lives)]
-    absorb_through_buffers_(Update(got, lives, [0.25, 0.5]))
+    update_through_buffers_(Update(got, lives, [0.25, 0.5]))
     for averages, rate in zip(expected, [0.25, 0.5], strict=True):
         lerp_reference_(averages, lives, rate)
     for one, other in zip(got, expected, strict=True):
@@ -44,13 +44,13 @@ class Gate:
 
     def __init__(self, monkeypatch):
         self.open = threading.Event()
-        real = absorb_through_buffers_
+        real = update_through_buffers_
 
         def held(update, ready=None):
             assert self.open.wait(timeout=30)
             real(update, ready)
 
-        monkeypatch.setattr(module_under_test, "absorb_through_buffers_", held)
+        monkeypatch.setattr(module_under_test, "update_through_buffers_", held)
 
 
 def parameter(value):
@@ -113,8 +113,8 @@ def test_copies_have_no_thread(monkeypatch):
 @pytest.fixture
 def offloaded(monkeypatch):
     """An average whose pairs count as lying on another device."""
-    real = absorption.Group
-    monkeypatch.setattr(absorption, "Group", lambda averages, stretch, where: real(averages, stretch, "thread"))
+    real = updates.Group
+    monkeypatch.setattr(updates, "Group", lambda averages, stretch, where: real(averages, stretch, "thread"))
 
 
 def test_whatever_reads_the_average_waits_for_it(offloaded, monkeypatch):
@@ -125,7 +125,7 @@ def test_whatever_reads_the_average_waits_for_it(offloaded, monkeypatch):
     readings = {
         "named_tensors": lambda: dict(average.named_tensors())["weight"],
         "state_dict": lambda: average.state_dict()["average"]["weight"],
-        "lent": lambda: lent(average, network),
+        "swapped": lambda: swapped(average, network),
         "distance": lambda: torch.tensor([[average.distance()]]),
     }
     expected, value = 0.0, 1.0
@@ -141,7 +141,7 @@ def test_whatever_reads_the_average_waits_for_it(offloaded, monkeypatch):
         value += 1
 
 
-def test_a_loan_of_another_average_waits_for_it(offloaded, monkeypatch):
+def test_a_swap_of_another_average_waits_for_it(offloaded, monkeypatch):
     network = torch.nn.Linear(1, 1, bias=False)
     with torch.no_grad():
         network.weight.fill_(0.0)
@@ -150,7 +150,7 @@ def test_a_loan_of_another_average_waits_for_it(offloaded, monkeypatch):
     with torch.no_grad():
         network.weight.fill_(1.0)
     average.step()
-    thread = average._course.pairing._absorption._offload._thread
+    thread = average._tracker.tensors._updates._offload._thread
     join = thread.join
     thread.join = lambda: (gate.open.set(), join())
     with other.swapped():
@@ -176,7 +176,7 @@ def test_what_the_next_forward_pass_writes_to_is_averaged_as_it_was_at_the_step(
     assert averages["1.running_mean"].tolist() == [5.0, 5.0]
 
 
-def lent(average, network):
+def swapped(average, network):
     with average.swapped():
         return network.weight.detach().clone()
 
@@ -187,7 +187,7 @@ def test_in_a_trainer_it_goes_on_during_the_next_forward_pass(offloaded, monkeyp
     def held(update, ready=None):
         during.append(begun.wait(timeout=30))
         begun.clear()
-        absorb_through_buffers_(update, ready)
+        update_through_buffers_(update, ready)
 
     class Beginning(Regression):
         def training_step(self, batch, batch_idx):
@@ -197,7 +197,7 @@ def test_in_a_trainer_it_goes_on_during_the_next_forward_pass(offloaded, monkeyp
         def on_train_end(self):
             begun.set()
 
-    monkeypatch.setattr(module_under_test, "absorb_through_buffers_", held)
+    monkeypatch.setattr(module_under_test, "update_through_buffers_", held)
     callback = ema()
     fit(seeded(lambda: Beginning(norm=False)), callback, max_epochs=1, limit_val_batches=0)
     assert during == [True] * BATCHES

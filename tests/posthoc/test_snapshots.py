@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_ema import Constant, HalfLife, Plan, Power, Schedule, Snapshots, WeightAverage
+from lightning_ema import Constant, HalfLife, Power, Schedule, Snapshots, WeightAverage
 from lightning_ema.checkpoint.snapshot import load, read
 from lightning_ema.posthoc.snapshots import discard_future, files_in, take, thinned, write
+from lightning_ema.schedules import Plan
 
 
 def tracked(net, **settings):
@@ -29,7 +30,7 @@ def walk(net):
 def train(averages, snapshots, steps, n=1):
     taken = []
     for _ in range(steps):
-        walk(averages[0].module)
+        walk(engine(averages[0]).module)
         for average in averages:
             average.step(n)
         if path := take(snapshots, averages):
@@ -185,16 +186,16 @@ class TestFile:
         assert set(content["rest"]) == {"net.1.num_batches_tracked", "net.4.weight"}
         assert [key for key, *_ in content["entries"]] == list(net.state_dict())
 
-    def test_it_is_the_same_during_a_loan_and_after_a_delivery(self, tmp_path):
+    def test_it_is_the_same_during_a_swap_and_after_a_delivery(self, tmp_path):
         averages = tracked(seeded(Regression))
         snapshots = Snapshots(tmp_path, every_n_steps=100)
         train(averages, snapshots, 5)
         plain = load(write(snapshots, averages))
         with averages[1].swapped():
-            lent = load(write(snapshots, averages))
+            carried = load(write(snapshots, averages))
         averages[0].apply(keep=True)
-        delivered = load(write(snapshots, averages))
-        for other in (lent, delivered):
+        applied = load(write(snapshots, averages))
+        for other in (carried, applied):
             assert other["entries"] == plain["entries"]
             for one, two in zip(plain["averages"], other["averages"], strict=True):
                 assert all(torch.equal(one["tensors"][name], two["tensors"][name]) for name in one["tensors"])
@@ -323,10 +324,10 @@ class TestRefusals:
 
 def test_it_draws_no_random_number_and_does_not_touch_the_weights(tmp_path):
     averages = tracked(seeded(Regression))
-    state, before = torch.get_rng_state(), {k: v.clone() for k, v in averages[0].module.state_dict().items()}
+    state, before = torch.get_rng_state(), {k: v.clone() for k, v in engine(averages[0]).module.state_dict().items()}
     write(Snapshots(tmp_path, every_n_steps=1), averages)
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(v, before[k]) for k, v in averages[0].module.state_dict().items())
+    assert all(torch.equal(v, before[k]) for k, v in engine(averages[0]).module.state_dict().items())
 
 
 def test_bound_schedules_are_stored_as_bound(tmp_path):

@@ -23,6 +23,7 @@ def module(monkeypatch):
     return import_module
 
 
+@pytest.mark.slow
 def test_every_question_is_answered_printed_and_drawn(tmp_path):
     command = [sys.executable, ROOT / "benchmarks" / "evidence.py", "--seeds", "1", "--steps", "32"]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}

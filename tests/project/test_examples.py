@@ -24,6 +24,7 @@ SHORT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", sorted(SHORT))
 def test_runs(script, tmp_path):
     command = [sys.executable, EXAMPLES / script, *SHORT[script], "--out", tmp_path / "out"]
@@ -82,6 +83,7 @@ def test_means_and_spreads_are_those_of_the_seeds(module):
     assert [cell.strip() for cell in first.split("|")[1:-1]] == ["supervised", "7.0 ± 2.0", "4.0 ± 0.0"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_mean_teacher_beats_supervised_training(module):
     # Measured with seeds 0 to 4: supervised 20.5 to 24.6%, mean teacher 11.9 to 12.7%; the gap is 8.1 at least.

@@ -1,62 +1,20 @@
 """The house stands: a folder imports only from floors below its own, in no circle; private names stay at home."""
 
 import ast
-from functools import cache
+import html
+import re
 from graphlib import TopologicalSorter
-from pathlib import Path
 
+import house
 import lightning.pytorch as lightning
+from house import FILES, FLOOR, MODULES, arrows, imported, name_of, room_of, tree
 from torch import nn
 
 import lightning_ema
 
-ROOT = Path(lightning_ema.__file__).parent
-FLOORS = [  # what stands on one floor does not import from its neighbours
-    {"ops", "checks"},
-    {"schedules", "distributed"},
-    {"modules"},
-    {"checkpoint", "trainer", "recipes"},
-    {"averaging", "semi_supervised"},
-    {"interop", "evaluation", "teacher"},
-    {"posthoc"},
-    {"callback", "cli"},
-    {"__init__", "__main__"},
-]
-FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-FILES = sorted(ROOT.rglob("*.py"))
 LINES = 400
 KNOW_LIGHTNING = {"trainer", "evaluation", "teacher", "callback", "semi_supervised"}
 """Rooms that may import Lightning; all others know torch alone."""
-
-
-def name_of(path):
-    return ".".join(path.relative_to(ROOT.parent).with_suffix("").parts)
-
-
-def room_of(module):
-    return (module.split(".") + ["__init__"])[1]
-
-
-@cache
-def tree(path):
-    return ast.parse(path.read_text())
-
-
-MODULES = {name_of(path) for path in FILES} | {name_of(path.parent) for path in FILES if path.stem == "__init__"}
-
-
-def imported(path):
-    for node in ast.walk(tree(path)):
-        if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{name_of(path)}: write imports in full"
-            inside = {f"{node.module}.{alias.name}" for alias in node.names}
-            yield from (inside & MODULES) or {node.module}
-        elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-
-
-def arrows():
-    return [(name_of(path), name) for path in FILES for name in imported(path)]
 
 
 def test_every_room_has_a_floor():
@@ -129,3 +87,43 @@ def test_what_takes_long_to_import_waits_until_it_is_needed():
 
 def test_all_public_names_are_there_and_documented():
     assert [name for name in lightning_ema.__all__ if not getattr(lightning_ema, name).__doc__] == []
+
+
+def test_the_picture_is_of_the_house_as_it_stands():
+    drawn = re.search(r"<desc>\n(.*)</desc>", house.PICTURE.read_text(), re.DOTALL)[1]
+    assert html.unescape(drawn) == house.described()  # `make house` draws it anew
+
+
+def test_the_picture_leaves_out_what_follows_from_other_arrows():
+    arrows = {("c", "b"), ("b", "a"), ("c", "a"), ("d", "a"), ("d", "c"), ("e", "a")}
+    assert house.without_shortcuts(arrows) == {("c", "b"), ("b", "a"), ("d", "c"), ("e", "a")}
+
+
+def test_no_arrow_of_the_picture_crosses_a_room():
+    picture = house.PICTURE.read_text()
+    boxes = re.findall(r'<rect x="(\d+)" y="(\d+)" width="(\d+)" height="(\d+)" rx', picture)
+    rooms = [(int(x), int(y), int(x) + int(w), int(y) + int(h)) for x, y, w, h in boxes]
+    assert len(rooms) == len(FLOOR)
+    for path in re.findall(r'<path d="(M[^"]+)" fill="none"', picture):
+        x, y = map(int, re.match(r"M(\d+),(\d+)", path).groups())
+        for curve, bend_x, bend, after, again, to_x, to, down in re.findall(
+            r"(C)(\d+),(\d+) (\d+),(\d+) (\d+),(\d+)|V(\d+)", path
+        ):
+            if curve:  # its ends and bends lie between two floors, and so does all of it
+                assert (int(bend_x), bend, after) == (x, again, to_x) and y < int(bend) < int(to)
+                assert not any(top < int(to) and y < bottom for _, top, _, bottom in rooms)
+                x, y = int(to_x), int(to)
+            else:
+                assert not any(
+                    left <= x <= right and top < int(down) and y < bottom for left, top, right, bottom in rooms
+                )
+                y = int(down)
+        assert any(left < x < right and y == top for left, top, right, _ in rooms)
+
+
+def test_rooms_stand_beside_each_other_and_in_the_picture():
+    wanted, widths = [0, 10, 12, 890], [200, 14, 200, 200]
+    middles = house.apart(wanted, widths)
+    edges = [edge for middle, w in zip(middles, widths, strict=True) for edge in (middle - w / 2, middle + w / 2)]
+    assert edges == sorted(edges) and edges[0] >= house.SIDE and edges[-1] <= house.WIDTH
+    assert house.apart([300, 600], [200, 200]) == [300, 600]

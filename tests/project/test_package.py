@@ -37,6 +37,7 @@ def test_it_needs_torch_lightning_and_torchmetrics_alone(wheel):
     assert "Requires-Python: >=3.10" in lines
 
 
+@pytest.mark.slow
 def test_it_installs_into_a_clean_target_and_imports_from_there(wheel, tmp_path):
     install = [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--target", tmp_path, wheel]
     subprocess.run(install, check=True, capture_output=True)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import BATCHES, Regression, clones, engine, fit, schedule_of, seeded, settings_of
 from lightning.pytorch import Callback
+from tables import rows
 from trajectory import Reference, assert_follows
 
 import lightning_ema
@@ -295,7 +296,7 @@ def assert_follows_one_number(recipe, rate, compare_from=1, states=40):
             assert dict(average.named_tensors())["number"].item() == pytest.approx(reference, abs=1e-12), n
 
 
-@pytest.mark.parametrize("every", range(1, 8))
+@rows("every", range(1, 8))
 def test_every_combination_of_start_and_interval(every):
     for start in range(0, 13):
         swa = mmengine(lambda s: 1 / (s // every + 1), every, start)
@@ -310,7 +311,7 @@ def test_every_combination_of_start_and_interval(every):
             assert_follows_one_number(ours, composer(2 ** (-every / 9), every, start))
 
 
-@pytest.mark.parametrize("decay", [0.7, 0.999])
+@rows("decay", [0.7, 0.999])
 def test_diffusers_floor_at_every_height(decay):
     for height in range(0, 1000, 7):
         low = min(height / 1000, decay)
@@ -384,7 +385,7 @@ def test_begin_epoch_is_begin_iter_after_an_epoch_of_steps(accumulated):
     assert max((others[name] - tensor).abs().max() for name, tensor in hook.average.items()) > 1e-4
 
 
-@pytest.mark.parametrize("case", FOLLOWED)
+@rows("case", FOLLOWED)
 def test_recipes_are_plain_values(case):
     recipe, _, _ = FOLLOWED[case]
     assert pickle.loads(pickle.dumps(recipe)) == recipe
@@ -392,7 +393,7 @@ def test_recipes_are_plain_values(case):
     assert eval(repr(recipe), names) == recipe
 
 
-@pytest.mark.parametrize("name", [name for name in recipes.__all__ if name != "Recipe"])
+@rows("name", [name for name in recipes.__all__ if name != "Recipe"])
 def test_recipes_are_arguments_of_the_callback_and_of_the_engine(name):
     make = getattr(recipes, name)
     needed = {"decay": 0.99} if name == "torch_ema" else {}
@@ -422,7 +423,7 @@ DEFAULTS = {  # of the published classes
 }
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
+@rows("name", DEFAULTS)
 def test_defaults_are_those_of_the_system(name):
     parameters = inspect.signature(getattr(recipes, name)).parameters
     assert {argument: parameters[argument].default for argument in DEFAULTS[name]} == DEFAULTS[name]
@@ -481,7 +482,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("make", "message"), BAD)
+@rows(("make", "message"), BAD)
 def test_bad_arguments_are_refused_under_the_names_of_the_system(make, message):
     with pytest.raises((ValueError, TypeError), match=message):
         make()

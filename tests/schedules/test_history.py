@@ -22,8 +22,8 @@ def followed(steps, **settings):
 
 
 def test_a_regular_run_takes_one_entry():
-    assert runs(followed([1] * 1000).history) == [[(1, 1000)]]
-    assert runs(followed([1] * 1000, every_n_steps=7, start_step=5).history) == [[(7, 142)]]
+    assert runs(history_of(followed([1] * 1000))) == [[(1, 1000)]]
+    assert runs(history_of(followed([1] * 1000, every_n_steps=7, start_step=5))) == [[(7, 142)]]
 
 
 def test_irregular_steps_are_kept_one_by_one():
@@ -97,8 +97,8 @@ def test_another_schedule_after_a_resume_opens_a_stretch_and_the_same_one_does_n
         other.step()
         assert runs(history_of(other)) == stretches
     assert [s.decay for s in history_of(other).stretches] == ["Constant(decay=0.5)", "Constant(decay=0.75)"]
-    assert runs(history_of(other)) != runs(followed([1] * 3).history)
-    assert joined(history_of(other).stretches) == joined(followed([1] * 3).history.stretches)
+    assert runs(history_of(other)) != runs(history_of(followed([1] * 3)))
+    assert joined(history_of(other).stretches) == joined(history_of(followed([1] * 3)).stretches)
 
 
 def test_another_way_of_counting_opens_a_stretch():
@@ -117,7 +117,7 @@ def test_a_schedule_of_ones_own_is_recorded_under_a_text_that_no_one_reads_as_ou
         def __repr__(self):
             return "Power(sigma_rel=0.1)"
 
-    assert followed([1], decay=Power()).history.stretches[0].decay.startswith("test_history.Power")
+    assert history_of(followed([1], decay=Power())).stretches[0].decay.startswith("test_history.Power")
 
 
 def test_shortened_is_what_the_history_was_then():
@@ -137,4 +137,4 @@ def test_a_module_under_lightning_records_too():
     average.step()
     clone.step()
     clone.step()
-    assert (runs(history_of(average)), runs(clone.history)) == ([[(1, 1)]], [[(1, 2)]])
+    assert (runs(history_of(average)), runs(history_of(clone))) == ([[(1, 1)]], [[(1, 2)]])

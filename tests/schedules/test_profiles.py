@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 from helpers import engine, history_of
+from tables import rows
 from torch import nn
 
 from lightning_ema import (
@@ -45,9 +46,9 @@ def one_hot(gaps, schedule, **settings):
     return weights[0], average
 
 
-@pytest.mark.parametrize("gaps", [[1] * 40, [5] * 8, [1, 1, 7, 2, 2, 2, 13, 1, 6]], ids=["one", "five", "irregular"])
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
-@pytest.mark.parametrize("chunk", [3, 1 << 16])
+@rows("gaps", [[1] * 40, [5] * 8, [1, 1, 7, 2, 2, 2, 13, 1, 6]])
+@rows("schedule", SCHEDULES)
+@rows("chunk", [3, 1 << 16])
 def test_a_profile_is_what_unit_vectors_leave_in_an_average(schedule, gaps, chunk, monkeypatch):
     monkeypatch.setattr(module, "CHUNK", chunk)
     seen, average = one_hot(gaps, schedule)
@@ -58,9 +59,9 @@ def test_a_profile_is_what_unit_vectors_leave_in_an_average(schedule, gaps, chun
     assert abs(computed.sum() - 1) < 1e-14
 
 
-@pytest.mark.parametrize("gaps", [[1] * 40, [1, 1, 7, 2, 2, 2, 13, 1, 6]], ids=["one", "irregular"])
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
-@pytest.mark.parametrize("chunk", [3, 1 << 16])
+@rows("gaps", [[1] * 40, [1, 1, 7, 2, 2, 2, 13, 1, 6]])
+@rows("schedule", SCHEDULES)
+@rows("chunk", [3, 1 << 16])
 def test_ages_are_those_of_the_whole_profile(schedule, gaps, chunk, monkeypatch):
     monkeypatch.setattr(module, "CHUNK", chunk)
     seen, average = one_hot(gaps, schedule)
@@ -97,13 +98,13 @@ def test_a_change_of_schedule_in_a_resumed_run_is_followed():
     resumed.load_state_dict(average.state_dict())
     resumed.step()
     resumed.step()
-    timeline = Timeline(resumed.history.stretches)
+    timeline = Timeline(history_of(resumed).stretches)
     assert timeline.decays(0, 7).tolist() == [0.5] * 5 + [0.75] * 2
     assert timeline.decays(4, 6).tolist() == [0.5, 0.75]
     assert timeline.decays(3, 3).tolist() == []
 
 
-@pytest.mark.parametrize(
+@rows(
     ("schedule", "steps", "age"),
     [
         (Equal(), 1001, 500.0),

@@ -8,6 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from tables import rows
 from torch import nn
 
 from lightning_ema import (
@@ -21,7 +22,6 @@ from lightning_ema import (
     HalfLife,
     InversePower,
     PerUpdate,
-    Plan,
     Power,
     Scaled,
     Schedule,
@@ -30,6 +30,7 @@ from lightning_ema import (
     Warmup,
     WeightAverage,
 )
+from lightning_ema.schedules import Plan
 
 STEPS = (1, 2, 3, 7, 50, 99, 100, 101, 1000, 123_456, 10_000_000)
 
@@ -87,7 +88,7 @@ FORMULAS = {
 PER_STEP = [case for case, (schedule, _) in FORMULAS.items() if not isinstance(schedule, PerUpdate)]
 
 
-@pytest.mark.parametrize("case", FORMULAS)
+@rows("case", FORMULAS)
 def test_decay_is_that_of_the_published_formula(case):
     schedule, formula = FORMULAS[case]
     for n in STEPS:
@@ -95,21 +96,21 @@ def test_decay_is_that_of_the_published_formula(case):
         assert 0 <= schedule(n) <= 1
 
 
-@pytest.mark.parametrize("case", PER_STEP)
-@pytest.mark.parametrize(("after", "upto"), [(0, 1), (0, 5), (1, 3), (4, 4), (2, 90), (95, 105), (60, 1200)])
+@rows("case", PER_STEP)
+@rows(("after", "upto"), [(0, 1), (0, 5), (1, 3), (4, 4), (2, 90), (95, 105), (60, 1200)])
 def test_product_is_that_of_the_single_decays(case, after, upto):
     schedule, formula = FORMULAS[case]
     explicit = math.prod(formula(n) for n in range(after + 1, upto + 1))
     assert schedule.product(after, upto) == pytest.approx(explicit, abs=1e-12)
 
 
-@pytest.mark.parametrize("case", FORMULAS)
+@rows("case", FORMULAS)
 def test_limit_is_where_the_decay_goes(case):
     schedule, formula = FORMULAS[case]
     assert formula(10**12) == pytest.approx(schedule.limit, abs=1e-5)
 
 
-@pytest.mark.parametrize("case", FORMULAS)
+@rows("case", FORMULAS)
 def test_schedules_are_plain_values(case):
     schedule, _ = FORMULAS[case]
     assert pickle.loads(pickle.dumps(schedule)) == schedule
@@ -119,7 +120,7 @@ def test_schedules_are_plain_values(case):
     assert hash(schedule) == hash(eval(repr(schedule)))
 
 
-@pytest.mark.parametrize(
+@rows(
     ("schedule", "written"),
     [
         (Warmup(0.999), "Warmup(0.999)"),
@@ -179,8 +180,8 @@ LOGARITHMS = {  # of the decays of closed-form products, accurate where the deca
 }
 
 
-@pytest.mark.parametrize(("after", "upto"), SHORT + LONG)
-@pytest.mark.parametrize("case", LOGARITHMS)
+@rows(("after", "upto"), SHORT + LONG)
+@rows("case", LOGARITHMS)
 def test_interval_products_up_to_ten_million_steps(case, after, upto):
     schedule, logarithm = LOGARITHMS[case]
     if case == "copy, then equal" and after == 1:
@@ -190,7 +191,7 @@ def test_interval_products_up_to_ten_million_steps(case, after, upto):
     assert schedule.product(after, upto) == pytest.approx(explicit, rel=1e-12, abs=0)
 
 
-@pytest.mark.parametrize(
+@rows(
     ("schedule", "decay"),
     [
         (Warmup(1.0), lambda n: Fraction(1 + n, 10 + n)),
@@ -202,7 +203,7 @@ def test_interval_products_up_to_ten_million_steps(case, after, upto):
         (Power(gamma=2.0), lambda n: Fraction(n - 1, n) ** 3),
     ],
 )
-@pytest.mark.parametrize(("after", "upto"), [(1, 2), (1, 9), (1, 12), (3, 150), (TEN_MILLION - 400, TEN_MILLION)])
+@rows(("after", "upto"), [(1, 2), (1, 9), (1, 12), (3, 150), (TEN_MILLION - 400, TEN_MILLION)])
 def test_interval_products_against_exact_fractions(schedule, decay, after, upto):
     exact = math.prod((decay(n) for n in range(after + 1, upto + 1)), start=Fraction(1))
     assert schedule.product(after, upto) == pytest.approx(float(exact), rel=1e-12, abs=0)
@@ -239,7 +240,7 @@ def profile(schedule, dtype):
     return average.state_dict()["average"]["state"].double().numpy()  # before any correction
 
 
-@pytest.mark.parametrize("case", FORMULAS)
+@rows("case", FORMULAS)
 def test_weights_sum_to_one(case):
     schedule, formula = FORMULAS[case]
     weights = profile(schedule, torch.float32)
@@ -253,7 +254,7 @@ def test_weights_sum_to_one(case):
     assert profile(schedule, torch.float64) == pytest.approx([kept[0], *explicit], abs=1e-12)
 
 
-@pytest.mark.parametrize("case", FORMULAS)
+@rows("case", FORMULAS)
 def test_mean_age_obeys_its_recurrence(case):
     schedule, _ = FORMULAS[case]
     ages = STEPS_SEEN - np.arange(STEPS_SEEN + 1)
@@ -293,7 +294,7 @@ AGES = {  # schedule, step, mean age as its docstring states it, tolerance
 }
 
 
-@pytest.mark.parametrize("case", AGES)
+@rows("case", AGES)
 def test_mean_age_is_that_of_the_documentation(case):
     schedule, n, stated, tolerance = AGES[case]
     assert mean_age(schedule, n) == pytest.approx(stated, abs=tolerance)
@@ -314,7 +315,7 @@ def test_equal_is_the_mean_exactly():
     assert mean == sum(states) / 4
 
 
-@pytest.mark.parametrize("sigma_rel", [0.01, 0.05, 0.1, 0.2, math.sqrt(1 / 12)])
+@rows("sigma_rel", [0.01, 0.05, 0.1, 0.2, math.sqrt(1 / 12)])
 def test_power_has_the_relative_width_asked_for(sigma_rel):
     gamma = Power(sigma_rel=sigma_rel).exponent
     # mean and variance of the density (gamma + 1) t ** gamma on [0, 1]
@@ -393,14 +394,12 @@ class TestWhatTheRunFillsIn:
         assert PerUpdate(Cosine(0.9, 1.0)).bind(self.plan) == PerUpdate(Cosine(0.9, 1.0, total_steps=100))
         assert PerUpdate(0.9).bind(self.plan) == PerUpdate(0.9)
 
-    @pytest.mark.parametrize(
-        "schedule", [Cosine(0.9, 1.0), HalfLife(epochs=1), HalfLife(samples=9), Then(0.0, 1, Cosine(0.5, 1))]
-    )
+    @rows("schedule", [Cosine(0.9, 1.0), HalfLife(epochs=1), HalfLife(samples=9), Then(0.0, 1, Cosine(0.5, 1))])
     def test_what_the_run_does_not_know_is_refused_with_the_remedy(self, schedule):
         with pytest.raises(ValueError, match=r"needs the .* this run does not know .*Write it in steps"):
             schedule.bind(Plan())
 
-    @pytest.mark.parametrize("schedule", [Cosine(0.9, 1.0), HalfLife(epochs=1), Then(0.5, 1, HalfLife(samples=9))])
+    @rows("schedule", [Cosine(0.9, 1.0), HalfLife(epochs=1), Then(0.5, 1, HalfLife(samples=9))])
     def test_unbound_schedules_say_what_to_write(self, schedule):
         with pytest.raises(ValueError, match=r"Write (Cosine|HalfLife)\(.*steps=\.\.\.\), or use it in EMACallback"):
             schedule(5)
@@ -442,13 +441,13 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("make", "message"), BAD)
+@rows(("make", "message"), BAD)
 def test_bad_arguments_are_refused_at_construction(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-@pytest.mark.parametrize("value", ["0.9", None, True, [0.9]])
+@rows("value", ["0.9", None, True, [0.9]])
 def test_a_decay_that_is_no_number_is_a_type_error(value):
     with pytest.raises(TypeError, match="it must be a number from 0 to 1"):
         Constant(value)
@@ -459,7 +458,7 @@ def test_a_momentum_given_for_a_decay_is_named():
         Warmup(0.001)
 
 
-@pytest.mark.parametrize("make", [lambda: Constant(0.0), lambda: Then(0.0, 5, 0.99), lambda: Constant(0.5)])
+@rows("make", [lambda: Constant(0.0), lambda: Then(0.0, 5, 0.99), lambda: Constant(0.5)])
 def test_a_plain_copy_is_no_mistake(make):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

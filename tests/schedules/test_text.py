@@ -2,6 +2,7 @@ import inspect
 
 import numpy as np
 import pytest
+from tables import rows
 
 import lightning_ema
 from lightning_ema import Constant, Cosine, Equal, HalfLife, PerUpdate, Power, Scaled, Schedule, Then, Warmup
@@ -14,7 +15,7 @@ def test_every_public_schedule_can_be_spelled():
     assert concrete == SCHEDULES
 
 
-@pytest.mark.parametrize(
+@rows(
     ("text", "schedule"),
     [
         ("Constant(0.9)", Constant(0.9)),
@@ -40,7 +41,7 @@ def test_numbers_come_back_to_the_last_bit():
     assert write_schedule(Constant(np.float64(0.9))) == "Constant(decay=0.9)"
 
 
-@pytest.mark.parametrize(
+@rows(
     ("text", "complaint"),
     [
         ("__import__('os').getcwd()", "neither a number nor a schedule"),

@@ -13,7 +13,7 @@ from packaging.version import Version
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_ema import SemiSupervisedDataModule, Views, split_by_class
+from lightning_ema.semi_supervised import SemiSupervisedDataModule, Views, split_by_class
 
 OLD = Version(lightning.__version__) < Version("2.5")
 LABELS = torch.tensor([0, 1, 2] * 10)
@@ -357,13 +357,16 @@ def test_from_yaml(tmp_path):
     config = {
         "trainer": {"accelerator": "cpu", "max_epochs": 1, "logger": False, "enable_checkpointing": False},
         "data": {
-            "class_path": "lightning_ema.SemiSupervisedDataModule",
+            "class_path": "lightning_ema.semi_supervised.SemiSupervisedDataModule",
             "init_args": {
                 "labeled": {"class_path": f"{__name__}.Numbers", "init_args": {"size": 30}},
                 "labels_per_class": 2,
                 "validation": {"class_path": f"{__name__}.Numbers", "init_args": {"size": 6}},
                 "strong": f"{__name__}.negated",
-                "weak": {"class_path": "lightning_ema.PerSample", "init_args": {"transform": f"{__name__}.negated"}},
+                "weak": {
+                    "class_path": "lightning_ema.semi_supervised.PerSample",
+                    "init_args": {"transform": f"{__name__}.negated"},
+                },
                 "labeled_view": "strong",
                 "unlabeled_batch_size": 4,
                 "seed": 3,

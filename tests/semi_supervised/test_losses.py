@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tables import rows
 from torch import nn
 
 from lightning_ema.semi_supervised import losses
@@ -182,7 +183,7 @@ def test_gradients_are_those_of_finite_differences(loss):
 
 
 @every_loss
-@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4, 4), (2, 3, 0)])
+@rows("shape", [(0, 3), (0, 3, 4, 4), (2, 3, 0)])
 def test_an_empty_batch_gives_zero_with_a_graph(loss, shape):
     student = torch.zeros(shape, requires_grad=True)
     value = loss(student, torch.zeros(shape))
@@ -192,7 +193,7 @@ def test_an_empty_batch_gives_zero_with_a_graph(loss, shape):
 
 
 @every_loss
-@pytest.mark.parametrize("mask", [torch.zeros(2, dtype=torch.bool), torch.zeros(2)])
+@rows("mask", [torch.zeros(2, dtype=torch.bool), torch.zeros(2)])
 def test_a_batch_masked_as_a_whole_gives_zero_with_a_gradient_of_zero(loss, mask):
     student = random(2, 3).requires_grad_()
     value = loss(student, random(2, 3, seed=1), mask)
@@ -256,7 +257,7 @@ def test_classes_ruled_out_by_minus_infinity_take_no_part(name):
     assert two.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@rows("dtype", [torch.float16, torch.bfloat16])
 @every_loss
 def test_half_types_are_computed_in_float32(loss, dtype):
     student, teacher = random(64, 10, dtype=dtype), random(64, 10, seed=1, dtype=dtype)
@@ -287,7 +288,7 @@ def test_under_autocast_the_loss_is_that_of_the_outputs_in_float32(name):
 
 
 @every_loss
-@pytest.mark.parametrize("weights", [None, torch.bool, torch.float32])
+@rows("weights", [None, torch.bool, torch.float32])
 def test_targets_from_inference_mode_can_be_learned_from(loss, weights):
     """Autograd refuses to keep such tensors for the backward pass."""
     student, expected = random(4, 3).requires_grad_(), random(4, 3).requires_grad_()
@@ -411,13 +412,13 @@ def test_probabilities_that_were_rounded_are_accepted(dtype):
     assert cross_entropy(random(1000, 3), rounded_up).isfinite()
 
 
-@pytest.mark.parametrize("threshold", [-0.1, 1.01, 95, math.nan, None, True, "0.95"])
+@rows("threshold", [-0.1, 1.01, 95, math.nan, None, True, "0.95"])
 def test_thresholds_outside_of_0_and_1_are_refused(threshold):
     with pytest.raises(ValueError, match=rf"threshold is {threshold!r}; it must be a number in \[0, 1\]"):
         pseudo_labels(torch.zeros(2, 3), threshold)
 
 
-@pytest.mark.parametrize("temperature", [0, -1, math.inf, math.nan, None, True])
+@rows("temperature", [0, -1, math.inf, math.nan, None, True])
 def test_temperatures_that_are_not_positive_are_refused(temperature):
     with pytest.raises(ValueError, match=rf"temperature is {temperature!r}; it must be a positive, finite number"):
         sharpen(TEACHER, temperature)

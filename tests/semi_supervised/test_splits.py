@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import TensorDataset
 
-from lightning_ema import split_by_class
+from lightning_ema.semi_supervised import split_by_class
 from lightning_ema.semi_supervised.splits import labels_of
 
 LABELS = [0, 1, 2] * 20

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from lightning_ema import PerSample
+from lightning_ema.semi_supervised import PerSample
 from lightning_ema.semi_supervised.streams import Draw
 from lightning_ema.semi_supervised.views import LabeledBatches, UnlabeledBatches, default_collate
 

@@ -16,17 +16,8 @@ from taught import Manual, Path, Taught, network, path
 from torch import nn
 from torchmetrics import MeanSquaredError
 
-from lightning_ema import (
-    Bema,
-    Constant,
-    EMACallback,
-    MeanTeacherConfig,
-    MeanTeacherMixin,
-    PerUpdate,
-    Then,
-    Warmup,
-    for_both,
-)
+from lightning_ema import Bema, Constant, EMACallback, MeanTeacherConfig, MeanTeacherMixin, PerUpdate, Then, Warmup
+from lightning_ema.teacher import for_both
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

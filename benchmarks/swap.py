@@ -1,6 +1,6 @@
-"""What it costs to put the average into the module and to take it out again: time and bytes.
+"""What it costs to swap the average into the module and out again: time and bytes.
 
-python benchmarks/loan.py
+python benchmarks/swap.py
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main(rounds: int) -> list[Table]:
         peer = make(module, False)
         works[name] = peer if isinstance(peer, str) else (peer.evaluate or "no way to")
     works[IN_PLACE] = in_place(resnet50())
-    moved = Table("loan_bytes", f"bytes written by a loan and its return, {size(module)}", ["x the module's bytes"])
+    moved = Table("swap_bytes", f"bytes written by swapping in and out, {size(module)}", ["x the module's bytes"])
     for name, work in works.items():
         with _Written() as written:
             _ = work if isinstance(work, str) else work()
@@ -57,7 +57,7 @@ def main(rounds: int) -> list[Table]:
     theirs = works["Lightning EMAWeightAveraging"]
     reference = ("Lightning's", theirs) if not isinstance(theirs, str) else (OURS, in_place(resnet50()))
     unit = ("us a tensor", 1e6 / len(list(module.parameters())))
-    return [moved, compare("loan", f"loan and return, {size(module)}", unit, reference, candidates, rounds)]
+    return [moved, compare("swap", f"swapping in and out, {size(module)}", unit, reference, candidates, rounds)]
 
 
 if __name__ == "__main__":

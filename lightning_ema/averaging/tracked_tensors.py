@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,7 +19,7 @@ from lightning_ema.modules.memory import is_expanded, overlapping, owns_storage,
 from lightning_ema.modules.named_tensors import Candidate, Survey, check_patterns, joins
 
 
-class Pairing:
+class TrackedTensors:
     """Pairs by name what is averaged with its average.
 
     Modules change under training: layers are unfrozen, materialized, replaced, moved or cast. Every update looks for
@@ -143,62 +143,52 @@ class Pairing:
         if self._someone_joins():
             self._refresh()
 
-    def load(
-        self, averages: Sequence[dict[str, Tensor]], origin: dict[str, Tensor], buffers_begin: bool = False
-    ) -> None:
-        """Takes the averages over by name. Parameters that do not take part yet, such as frozen ones, join.
+    def wanted(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of a state's tensors that the settings ask for, by the names under which they count here.
 
         What the settings leave out (``include``, ``exclude``, ``buffers``) stays out: the settings win over the file.
+        """
+        known = {name: candidate for candidate in self._survey.candidates for name in candidate.names}
+        named = {name: tensor for name, tensor in tensors.items() if name in known and self._allowed(known[name])}
+        return {known[name].name: tensor for name, tensor in named.items()}
+
+    def lacking(
+        self, averages: Sequence[Mapping[str, Tensor]], origin: Mapping[str, Tensor], buffers_begin: bool = False
+    ) -> list[str]:
+        """What a state would have to hold besides its tensors that are :meth:`wanted`, a line for each name.
 
         Args:
-            averages: all tensors by name, for each decay.
-            origin: the parameters as they were at the start, by name; empty where no schedule asks for them.
+            averages: its tensors, for each decay.
+            origin: the parameters as they were at the start; not asked for where no schedule needs them.
             buffers_begin: buffers that are not among them begin with the live ones.
-
-        Raises:
-            ValueError: tensors are missing, unknown or of another shape; nothing was changed then.
         """
-        self.refresh_if_stale()
-        known = {name: candidate for candidate in self._survey.candidates for name in candidate.names}
-        sets = [self._wanted(tensors, known) for tensors in (*averages, origin)]
-        problems = [f"{name}: not in the module" for tensors in averages for name in tensors if name not in known]
-        problems += [
+        lost = [
             f"{name}: not in the state"
             for name, pair in self._pairs.items()
-            for tensors in sets[:-1]
+            for tensors in averages
             if name not in tensors and not (buffers_begin and pair.candidate.is_buffer)
         ]
         if self._placement.keeps_origin:
-            missing = [c.name for c in known.values() if c.name in sets[0] and not c.is_buffer and c.name not in origin]
-            problems += [f"{name}: its value at the start is not in the state" for name in missing]
-        problems += [
-            f"{name}: shape {tuple(value.shape)} in the state, {tuple(known[name].tensor.shape)} in the module"
-            for tensors in sets
-            for name, value in tensors.items()
-            if value.shape != known[name].tensor.shape
-        ]
-        if problems:
-            raise ValueError(
-                f"the state does not fit {type(self._module).__name__}:\n  "
-                + "\n  ".join(dict.fromkeys(problems))
-                + "\nBuild the module as it was when the state was written, or choose the same tensors by include and "
-                "exclude."
-            )
-        self._admitted |= sets[0].keys()
+            parameters = [c.name for c in self._survey.candidates if c.name in averages[0] and not c.is_buffer]
+            lost += [f"{name}: its value at the start is not in the state" for name in parameters if name not in origin]
+        return lost
+
+    def load(self, averages: Sequence[Mapping[str, Tensor]], origin: Mapping[str, Tensor]) -> None:
+        """Takes over a state's tensors that are :meth:`wanted`, once they were found to fit.
+
+        Parameters that do not take part yet, such as frozen ones, join.
+        """
+        self._admitted |= averages[0].keys()
         self.started = True
         self._refresh()
         with torch.no_grad():
-            for place, tensors in enumerate(sets[:-1]):
+            for place, tensors in enumerate(averages):
                 for name, value in tensors.items():
                     self._pairs[name].write(self._pairs[name].averages[place], value)
-            for name, value in sets[-1].items():
+            for name, value in origin.items():
                 kept = self._pairs[name].origin
                 if kept is not None:
                     self._pairs[name].write(kept, value)
-
-    def _wanted(self, tensors: dict[str, Tensor], known: dict[str, Candidate]) -> dict[str, Tensor]:
-        named = {known[name].name: value for name, value in tensors.items() if name in known}
-        return {name: value for name, value in named.items() if self._allowed(known[name])}
 
     # --- pairing ----------------------------------------------------------------------------------------------------
 
