@@ -76,6 +76,10 @@ class Held:
     live_statistics: Statistics = field(default_factory=dict)
     carried_statistics: Statistics = field(default_factory=dict)
 
+    def underlies(self, tensors: TensorSet) -> bool:
+        """Whether a fit left the module with it, and so it is simply what this other set finds there."""
+        return self.applied and self.tensors is not tensors and self.tensors.left
+
 
 class TensorSet:
     """The tensors that the averages of one tracker cover: which weights they hold, and the way back.
@@ -126,7 +130,7 @@ class TensorSet:
         Raises:
             RuntimeError: naming what to call first.
         """
-        for held in self._met():
+        for held in self._met(unless_underlying=True):
             way_back = "restore()" if held.applied else "swap_out()"
             state = "holds the average since apply(keep=True)" if held.applied else "carries an average"
             raise RuntimeError(f"{what} while the module {state}. Call {way_back} first.")
@@ -258,9 +262,11 @@ class TensorSet:
         own = {id(pair.live) for pair in self._tracked.pairs()}
         return any(id(pair.live) in own for pair in other._tracked.pairs())
 
-    def _met(self) -> list[Held]:
+    def _met(self, unless_underlying: bool = False) -> list[Held]:
         """The averages that some of the tensors hold now, those of this set and of others, also of other modules."""
-        return [held for held in self.weights.held_anywhere() if held.tensors is self or self.meets(held.tensors)]
+        anywhere = self.weights.held_anywhere()
+        looked_at = [held for held in anywhere if not (unless_underlying and held.underlies(self))]
+        return [held for held in looked_at if held.tensors is self or self.meets(held.tensors)]
 
     def _hold(self, place: int, copy: bool, applied: bool, batches: Batches | None = None) -> None:
         tracked = self._tracked
