@@ -30,10 +30,12 @@ class ModuleWeights:
     Attributes:
         module: the module.
         held: the averages that its tensors hold, or will again; the newest last.
+        holding: those of all modules, of which one may be a part of another, in which something is held.
         stored: the live weights by name while the module holds those of a file; else empty.
     """
 
     known: ClassVar[WeakValueDictionary[int, ModuleWeights]] = WeakValueDictionary()
+    holding: ClassVar[WeakSet[ModuleWeights]] = WeakSet()
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -64,7 +66,7 @@ class ModuleWeights:
             live = None if held.paused or held.underlies(tensors) else held.swap.live_of(pair.name)
             if live is not None:
                 return live
-        for held in self.held_anywhere() if len(self.known) > 1 else ():
+        for held in self.held_anywhere() if self.holding else ():
             live = None if held.underlies(tensors) else held.swap.live_at(pair.live)
             if live is not None:
                 return live
@@ -85,10 +87,17 @@ class ModuleWeights:
         """What tensors of this module and of others hold now."""
         return [held for weights in list(self.known.values()) for held in weights.held if not held.paused]
 
-    @property
-    def any_held(self) -> bool:
-        """Whether tensors of this module or of another, which may be a part of it, hold an average now."""
-        return bool(self.held) or (len(self.known) > 1 and bool(self.held_anywhere()))
+    def hold(self, held: Held) -> None:
+        """Notes that tensors of this module hold an average."""
+        self.held.append(held)
+        self.holding.add(self)
+
+    def let_go(self, held: Held) -> None:
+        """Notes that they do so no more."""
+        if held in self.held:
+            self.held.remove(held)
+        if not self.held:
+            self.holding.discard(self)
 
     def _together_with(self, tensors: TensorSet) -> list[TensorSet]:
         """The sets that take part in the fit that this one takes part in, or has been left by."""
@@ -140,7 +149,8 @@ class ModuleWeights:
     def drop(self, tensors: TensorSet) -> None:
         """A set is given up: nothing is kept of it, and nothing asked of it."""
         tensors.over, tensors.left = True, False
-        self.held = [held for held in self.held if held.tensors is not tensors]
+        for held in [held for held in self.held if held.tensors is tensors]:
+            self.let_go(held)
 
     def _end_of_fit(self) -> None:
         for tensors in [each for each in self._sets if each.left]:
@@ -196,3 +206,5 @@ class ModuleWeights:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _sets=WeakSet(state["_sets"]))
         self.known[id(self.module)] = self  # a copy of the module has one of its own
+        if self.held:
+            self.holding.add(self)

@@ -51,6 +51,12 @@ class Weights(Protocol):
     def held_anywhere(self) -> list[Held]:
         """What tensors of this module and of others hold now."""
 
+    def hold(self, held: Held) -> None:
+        """Notes that tensors of this module hold an average."""
+
+    def let_go(self, held: Held) -> None:
+        """Notes that they do so no more."""
+
 
 @dataclass(eq=False)
 class Held:
@@ -273,7 +279,7 @@ class TensorSet:
         sync = None if tracked.collectives_off else tracked.sync_buffers
         below = self._met()
         held = Held(self, place, Swap(tracked.to_carry(place), copy, applied, tracked.reshard, sync), applied)
-        self.weights.held.append(held)  # noted first, so that an interruption finds it
+        self.weights.hold(held)  # noted first, so that an interruption finds it
         try:
             for other in reversed(below):
                 held.over.append(other)
@@ -290,8 +296,7 @@ class TensorSet:
         written = held.swap.end()
         for other in reversed(held.over):
             _resume(other)
-        if held in self.weights.held:
-            self.weights.held.remove(held)
+        self.weights.let_go(held)
         return written
 
     def _put_statistics_in(self, held: Held, batches: Batches | None) -> None:

@@ -96,7 +96,7 @@ class Tracker:
 
     def step(self, n: int) -> bool:
         """Counts ``n`` steps and updates where that is due; gives whether it did."""
-        if self._weights.any_held:
+        if self._weights.holding:
             self.holds.refuse_during_swap("step()")
         if not isinstance(n, int) or n < 0:
             raise ValueError(f"step({n!r}): the number of steps since the last call is a whole number, not negative.")
