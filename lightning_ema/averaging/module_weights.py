@@ -30,10 +30,12 @@ class ModuleWeights:
     Attributes:
         module: the module.
         held: the averages that its tensors hold, or will again; the newest last.
+        holding: those of all modules, of which one may be a part of another, in which something is held.
         stored: the live weights by name while the module holds those of a file; else empty.
     """
 
     known: ClassVar[WeakValueDictionary[int, ModuleWeights]] = WeakValueDictionary()
+    holding: ClassVar[WeakSet[ModuleWeights]] = WeakSet()
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -58,10 +60,14 @@ class ModuleWeights:
         self._sets.add(tensors)
         return tensors
 
-    def live_of(self, pair: Pair) -> Tensor:
-        """Where the live tensor of a pair is to be found, whatever the module holds."""
+    def live_of(self, pair: Pair, tensors: TensorSet) -> Tensor:
+        """Where the live tensor of a pair of this set is to be found, whatever the module holds."""
         for held in self.held:
-            live = None if held.paused else held.swap.live_of(pair.name)
+            live = None if held.paused or held.underlies(tensors) else held.swap.live_of(pair.name)
+            if live is not None:
+                return live
+        for held in self.held_anywhere() if self.holding else ():
+            live = None if held.underlies(tensors) else held.swap.live_at(pair.live)
             if live is not None:
                 return live
         return pair.live.detach()
@@ -74,12 +80,28 @@ class ModuleWeights:
 
     def evaluated_beside(self, tensors: TensorSet) -> list[str]:
         """The names of other callbacks that evaluate averages of some of these tensors."""
-        others = [each for each in self._sets if each is not tensors and each.evaluated_by and not each.over]
+        others = [each for each in self._together_with(tensors) if each is not tensors and each.evaluated_by]
         return [each.evaluated_by for each in others if tensors.evaluated_by and each.meets(tensors)]
 
     def held_anywhere(self) -> list[Held]:
         """What tensors of this module and of others hold now."""
         return [held for weights in list(self.known.values()) for held in weights.held if not held.paused]
+
+    def hold(self, held: Held) -> None:
+        """Notes that tensors of this module hold an average."""
+        self.held.append(held)
+        self.holding.add(self)
+
+    def let_go(self, held: Held) -> None:
+        """Notes that they do so no more."""
+        if held in self.held:
+            self.held.remove(held)
+        if not self.held:
+            self.holding.discard(self)
+
+    def _together_with(self, tensors: TensorSet) -> list[TensorSet]:
+        """The sets that take part in the fit that this one takes part in, or has been left by."""
+        return [each for each in self._sets if each.left == tensors.left and not each.over]
 
     # --- whole evaluations and files ----------------------------------------------------------------------------------
 
@@ -92,7 +114,7 @@ class ModuleWeights:
     def as_evaluated(self, own: TensorSet, batches: Batches | None) -> Iterator[None]:
         """Inside this block the module carries what evaluations and files are given, in all of its sets."""
         with ExitStack() as block:
-            for tensors in sorted(self._sets, key=lambda each: each is own):
+            for tensors in sorted(self._together_with(own), key=lambda each: each is own):
                 block.enter_context(tensors.as_evaluated(batches if tensors is own else None))
             yield
 
@@ -110,20 +132,29 @@ class ModuleWeights:
         tensors.restore()
         self._write_stored()
         tensors.left = False
-        if not any(each.left for each in self._sets):
-            self._edits = None
+        self._edits = Edits(self.module) if any(each.left for each in self._sets) else None
+
+    def train(self) -> None:
+        """Training begins: what an earlier fit left for sets without a part in this one is over."""
+        self._end_of_fit()
 
     def notice_edits(self) -> None:
         """Whoever wrote to the module since the fit, other than a file under test, made it theirs.
 
         What was kept of that fit is dropped then: the sets that took part in it are ``over``.
         """
-        if self._edits is None or self._edits.intact():
-            return
-        of_fit = [tensors for tensors in self._sets if tensors.left]
-        for tensors in of_fit:
-            tensors.over, tensors.left = True, False
-        self.held = [held for held in self.held if held.tensors not in of_fit]
+        if self._edits is not None and not self._edits.intact():
+            self._end_of_fit()
+
+    def drop(self, tensors: TensorSet) -> None:
+        """A set is given up: nothing is kept of it, and nothing asked of it."""
+        tensors.over, tensors.left = True, False
+        for held in [held for held in self.held if held.tensors is tensors]:
+            self.let_go(held)
+
+    def _end_of_fit(self) -> None:
+        for tensors in [each for each in self._sets if each.left]:
+            self.drop(tensors)
         self.stored, self._loading, self._edits = {}, False, None
 
     def expect_broadcast(self, expected: bool) -> None:
@@ -175,3 +206,5 @@ class ModuleWeights:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _sets=WeakSet(state["_sets"]))
         self.known[id(self.module)] = self  # a copy of the module has one of its own
+        if self.held:
+            self.holding.add(self)

@@ -119,6 +119,12 @@ class Swap:
         contents = self._contents.get(name)
         return None if contents is None else contents.live
 
+    def live_at(self, tensor: Tensor) -> Tensor | None:
+        """The same for this very tensor, which a part of the module knows by another name."""
+        if tensor in self._storages.places_of_tensors:
+            return self._storages.live_at(tensor)
+        return next((each.live for each in self._contents.values() if each.pair.live is tensor), None)
+
     def returning(self) -> list[Tensor]:
         """The module's tensors whose contents, not their storage, come back: aliases of them change with it."""
         return [contents.pair.live for contents in self._contents.values()]
@@ -176,10 +182,11 @@ class _Storages:
         self._lives = [tensor.data for tensor in self._tensors]
         self._carried = [each.carried for each in given]
         self._versions: list[int] = []
+        self._written: list[str] = []
 
     def swap_in(self) -> None:
         self._set(self._carried)
-        self._versions = [tensor._version for tensor in self._tensors]
+        self._note_versions()
 
     def end(self) -> None:
         self._set(self._lives)
@@ -189,18 +196,21 @@ class _Storages:
                     _put_back(table, leaf, tensor)
 
     def pause(self) -> None:
+        self._written = self.written()  # what is written from here on goes to others
         self._carried = [tensor.data for tensor in self._tensors]
         self._set(self._lives)
 
     def resume(self) -> None:
         self._set(self._carried)
+        self._note_versions()
 
     def written(self) -> list[str]:
-        return [
+        now = [
             each.pair.name
             for each, tensor, version_then in zip(self._given, self._tensors, self._versions, strict=False)
             if each.watched and (tensor._version != version_then or _replaced(each.pair))
         ]
+        return list(dict.fromkeys([*self._written, *now]))
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
@@ -211,9 +221,19 @@ class _Storages:
     def live_of(self, name: str) -> Tensor:
         return self._lives[self._places[name]]
 
+    def live_at(self, tensor: Tensor) -> Tensor:
+        return self._lives[self.places_of_tensors[tensor]]
+
+    @cached_property
+    def places_of_tensors(self) -> dict[Tensor, int]:
+        return {tensor: place for place, tensor in enumerate(self._tensors)}
+
     @cached_property
     def _places(self) -> dict[str, int]:
         return {each.pair.name: place for place, each in enumerate(self._given)}
+
+    def _note_versions(self) -> None:
+        self._versions = [tensor._version for tensor in self._tensors]
 
     def _set(self, storages: Sequence[Tensor]) -> None:
         for tensor, storage in zip(self._tensors, storages, strict=True):
@@ -236,6 +256,7 @@ class _Contents:
     live: Tensor
     watched: bool
     version: int = -1
+    written: bool = False
     swapped: bool = False
     carried: Tensor | None = None
 
@@ -265,6 +286,7 @@ class _Contents:
             _put_back(table, leaf, self.pair.live)
 
     def pause(self) -> None:
+        self.written = self.was_written()
         if self.how == "overwrite":
             self.carried = self.pair.live.data.clone()
             self.pair.live.data.copy_(self.live)
@@ -277,13 +299,14 @@ class _Contents:
         elif self.carried is not None:
             self.pair.live.data.copy_(self.carried)
             self.carried = None
+        self.version = self.pair.version
 
     def average_now(self) -> Tensor:
         exchanged = self.how == "exchange" and self.swapped
         return self.pair.live.detach() if exchanged else self.average
 
     def was_written(self) -> bool:
-        return self.watched and (_replaced(self.pair) or self.pair.version != self.version)
+        return self.written or (self.watched and (_replaced(self.pair) or self.pair.version != self.version))
 
     def _exchange(self) -> None:
         exchange_(local(self.pair.live).data, local(self.average))

@@ -51,6 +51,12 @@ class Weights(Protocol):
     def held_anywhere(self) -> list[Held]:
         """What tensors of this module and of others hold now."""
 
+    def hold(self, held: Held) -> None:
+        """Notes that tensors of this module hold an average."""
+
+    def let_go(self, held: Held) -> None:
+        """Notes that they do so no more."""
+
 
 @dataclass(eq=False)
 class Held:
@@ -75,6 +81,10 @@ class Held:
     over: list[Held] = field(default_factory=list)
     live_statistics: Statistics = field(default_factory=dict)
     carried_statistics: Statistics = field(default_factory=dict)
+
+    def underlies(self, tensors: TensorSet) -> bool:
+        """Whether a fit left the module with it, and so it is simply what this other set finds there."""
+        return self.applied and self.tensors is not tensors and self.tensors.left
 
 
 class TensorSet:
@@ -126,7 +136,7 @@ class TensorSet:
         Raises:
             RuntimeError: naming what to call first.
         """
-        for held in self._met():
+        for held in self._met(unless_underlying=True):
             way_back = "restore()" if held.applied else "swap_out()"
             state = "holds the average since apply(keep=True)" if held.applied else "carries an average"
             raise RuntimeError(f"{what} while the module {state}. Call {way_back} first.")
@@ -258,16 +268,18 @@ class TensorSet:
         own = {id(pair.live) for pair in self._tracked.pairs()}
         return any(id(pair.live) in own for pair in other._tracked.pairs())
 
-    def _met(self) -> list[Held]:
+    def _met(self, unless_underlying: bool = False) -> list[Held]:
         """The averages that some of the tensors hold now, those of this set and of others, also of other modules."""
-        return [held for held in self.weights.held_anywhere() if held.tensors is self or self.meets(held.tensors)]
+        anywhere = self.weights.held_anywhere()
+        looked_at = [held for held in anywhere if not (unless_underlying and held.underlies(self))]
+        return [held for held in looked_at if held.tensors is self or self.meets(held.tensors)]
 
     def _hold(self, place: int, copy: bool, applied: bool, batches: Batches | None = None) -> None:
         tracked = self._tracked
         sync = None if tracked.collectives_off else tracked.sync_buffers
         below = self._met()
         held = Held(self, place, Swap(tracked.to_carry(place), copy, applied, tracked.reshard, sync), applied)
-        self.weights.held.append(held)  # noted first, so that an interruption finds it
+        self.weights.hold(held)  # noted first, so that an interruption finds it
         try:
             for other in reversed(below):
                 held.over.append(other)
@@ -284,8 +296,7 @@ class TensorSet:
         written = held.swap.end()
         for other in reversed(held.over):
             _resume(other)
-        if held in self.weights.held:
-            self.weights.held.remove(held)
+        self.weights.let_go(held)
         return written
 
     def _put_statistics_in(self, held: Held, batches: Batches | None) -> None:

@@ -96,7 +96,7 @@ class Tracker:
 
     def step(self, n: int) -> bool:
         """Counts ``n`` steps and updates where that is due; gives whether it did."""
-        if self._weights.held:
+        if self._weights.holding:
             self.holds.refuse_during_swap("step()")
         if not isinstance(n, int) or n < 0:
             raise ValueError(f"step({n!r}): the number of steps since the last call is a whole number, not negative.")
@@ -220,7 +220,7 @@ class Tracker:
     def named_live(self) -> Iterator[tuple[str, Tensor]]:
         """The live tensors that are averaged, by name, also while the module carries an average."""
         for pair in self.tensors.pairs():
-            yield pair.name, self._weights.live_of(pair)
+            yield pair.name, self._weights.live_of(pair, self.holds)
 
     def named_tensors(self, place: int) -> Iterator[tuple[str, Tensor]]:
         """One of the averages, by name: the tensors themselves, not copies. Before the start they are the live ones.
@@ -231,7 +231,7 @@ class Tracker:
         for pair in self.tensors.pairs():
             carried = self.holds.carried_average_of(pair, place)
             if carried is None:
-                live = self._weights.live_of(pair)
+                live = self._weights.live_of(pair, self.holds)
                 carried = self._whole(pair, self._part(pair, live, place)) if pair.averages else live
             yield pair.name, carried
 
@@ -268,7 +268,7 @@ class Tracker:
         device = torch.device("cpu")
         with torch.no_grad():
             for pair in self.tensors.pairs():
-                live = self._weights.live_of(pair)
+                live = self._weights.live_of(pair, self.holds)
                 carried = self.holds.carried_average_of(pair, place) if pair.cut.stored_as_live else None
                 average = carried if carried is not None else self._part(pair, live, place) if pair.averages else live
                 of_average, of_live = parts.setdefault(pair.groups, ([], []))

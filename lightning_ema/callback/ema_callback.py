@@ -164,6 +164,7 @@ class EMACallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._settings.recalibrate is not None:
             training_batches.check(pl_module, trainer)
+        self._holder.require().weights.train()
         self._holder.begin(trainer)
         if self._holder.snapshots is not None:
             discard_future(self._holder.snapshots, self.averages)

@@ -88,6 +88,8 @@ class Holder:
         """Gives the average up."""
         if self.tracker is not None and self.before_forget is not None:
             self.before_forget()
+        if self.tracker is not None:
+            self.tracker.weights.drop(self.tracker.holds)
         self.average = self.tracker = None
         self.clock.resume()
         self._said_skips = False

@@ -1,5 +1,6 @@
 """Counted work, not time: a slow machine cannot fail these tests, and what costs more cannot pass them."""
 
+import gc
 import sys
 from collections import Counter
 
@@ -13,6 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_ema import Constant, WeightAverage
 from lightning_ema.callback.ema_callback import holder_of
 from lightning_ema.ops.lerp import STAGED
+
+
+@pytest.fixture(autouse=True)
+def no_modules_of_other_tests():
+    """A step asks modules that carry an average whether this one is a part of them."""
+    gc.collect()
+
 
 VIEWS = {"detach", "as_strided", "slice", "split_with_sizes", "view", "_unsafe_view", "alias", "unbind"}
 
