@@ -39,7 +39,7 @@ PYTEST := python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 test: setup  ## run the tests (3 minutes)
 	@$(BIN)/$(PYTEST) -m "not slow"
 
-test-all: setup  ## run the tests that `make test` leaves out: the widest matrices, examples and pages (5 minutes)
+test-all: setup  ## run the tests that `make test` leaves out: the widest matrices, examples and pages (3 minutes)
 	@$(BIN)/$(PYTEST) -m slow
 
 lint: setup  ## ruff (lint and format) and mypy (strict)

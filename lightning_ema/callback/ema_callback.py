@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_ema.averaging.settings import Buffers, OnNonfinite
-from lightning_ema.averaging.tracker import Tracker
 from lightning_ema.averaging.weight_average import WeightAverage
 from lightning_ema.callback import messages
 from lightning_ema.callback.beside import check_beside, check_no_overlap, warn_of_monitors
 from lightning_ema.callback.checkpointing import Checkpointing
+from lightning_ema.callback.evaluations import Evaluations
 from lightning_ema.callback.holder import Holder
 from lightning_ema.callback.reporting import log, say_at_end
 from lightning_ema.callback.settings import AfterFit, CallbackSettings
@@ -110,6 +107,7 @@ class EMACallback(Callback):
         self._state_key = state_key(name)  # not the class's name: files of subclasses are files of ours
         self._holder = Holder(self._settings)
         self._passes = Passes(self._settings.evaluation, name)
+        self._evaluations = Evaluations(self._holder, self._passes)
         self._checkpointing = Checkpointing(self, self._holder, self._passes)
 
     def __repr__(self) -> str:
@@ -148,8 +146,7 @@ class EMACallback(Callback):
             tracker.weights.expect_broadcast(strategies.overwrites_weights(trainer))
         holder.drop_if_over()
         if stage == "fit":
-            holder.snapshots = self._snapshots_of(trainer)
-            self._begin_fit(pl_module)
+            holder.begin_fit(trainer, pl_module)
             if strategies.spawns(trainer):
                 holder.warn(messages.will_not_return())
 
@@ -189,8 +186,8 @@ class EMACallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._settings.recalibrate is not None and self._holder.of(pl_module):  # while data are on the device
-            self._swap_in(trainer, pl_module)
-            self._swap_out()
+            self._evaluations.swap_in(trainer, pl_module)
+            self._evaluations.swap_out()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._holder.update()
@@ -199,40 +196,37 @@ class EMACallback(Callback):
         if self._holder.snapshots is not None and self._holder.require().started:
             write(self._holder.snapshots, self.averages)
         self._holder.check_processes(trainer)
-        self._leave(apply=self._settings.after_fit == "average")
+        self._holder.leave(apply=self._settings.after_fit == "average")
 
     # --- an evaluation ------------------------------------------------------------------------------------------------
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begin_evaluation(trainer, pl_module)
-        tracker, batches = self._holder.tracker, partial(self._holder.batches, trainer)
-        if news := self._passes.select(trainer, pl_module, tracker, batches):
-            self._holder.say(news)
-        self._swap_in(trainer, pl_module)
+        self._evaluations.begin(trainer, pl_module)
+        self._evaluations.swap_in(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._evaluate_again(trainer, pl_module)
+        self._evaluations.again(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._swap_out()
+        self._evaluations.swap_out()
         self._passes.end()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begin_evaluation(trainer, pl_module)
-        self._swap_in(trainer, pl_module)
+        self._evaluations.begin(trainer, pl_module)
+        self._evaluations.swap_in(trainer, pl_module)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._evaluate_again(trainer, pl_module)
+        self._evaluations.again(trainer, pl_module)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._swap_out()
+        self._evaluations.swap_out()
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begin_evaluation(trainer, pl_module, passes=False)
-        self._swap_in(trainer, pl_module)
+        self._evaluations.accept_broadcast()
+        self._evaluations.swap_in(trainer, pl_module)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._swap_out()
+        self._evaluations.swap_out()
 
     # --- every way out ------------------------------------------------------------------------------------------------
 
@@ -242,7 +236,7 @@ class EMACallback(Callback):
         if holder.tracker is not None:
             holder.tracker.collectives_off = True
         try:
-            self._swap_out()
+            self._evaluations.swap_out()
             if fitting:
                 holder.update_without_others()
         except (RuntimeError, FloatingPointError) as error:  # the exception under way matters more
@@ -250,12 +244,12 @@ class EMACallback(Callback):
         finally:
             holder.clock.steps.release()
             if holder.tracker is not None and not fitting:
-                self._reject_file(holder.tracker)
+                holder.reject_file()
             elif holder.tracker is not None and (began or not holder.tracker.holds.left):
-                self._leave(apply=False)
+                holder.leave(apply=False)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._swap_out()
+        self._evaluations.swap_out()
         self._holder.clock.steps.release()
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
@@ -270,63 +264,6 @@ class EMACallback(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._checkpointing.load(trainer, pl_module, checkpoint)
-
-    # --- the steps of the above ---------------------------------------------------------------------------------------
-
-    def _snapshots_of(self, trainer: Trainer) -> Snapshots | None:
-        snapshots = self._settings.snapshots
-        if snapshots is None or facts.is_trial(trainer):
-            return None
-        folder = Path(trainer.default_root_dir) / "snapshots"
-        return snapshots if snapshots.dirpath is not None else replace(snapshots, dirpath=folder)
-
-    def _begin_fit(self, pl_module: LightningModule) -> None:
-        """Live weights are back before anything is built on them: optimizers may copy them."""
-        if self._holder.tracker is not None and self._holder.of(pl_module) is None:
-            self._holder.forget()
-        if self._holder.tracker is not None:
-            self._holder.tracker.weights.begin(self._holder.tracker.holds)
-
-    def _begin_evaluation(self, trainer: Trainer, pl_module: LightningModule, passes: bool = True) -> None:
-        tracker = self._holder.tracker
-        if tracker is not None:
-            tracker.weights.accept_broadcast()
-        if passes:
-            self._passes.begin(trainer, pl_module, tracker)
-
-    def _swap_in(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        tracker = self._holder.of(pl_module)
-        if tracker is not None and not facts.is_fitting(trainer) and trainer.ckpt_path is not None:
-            tracker.weights.accept_file()  # it was loaded into the module: that is what was asked for
-            return
-        self._holder.update()
-        self._holder.drop_if_over()
-        tracker = self._holder.of(pl_module)
-        if tracker is not None and tracker.holds.wants_average:
-            self._holder.check_processes(trainer)
-            tracker.holds.swap_in(tracker.holds.selected, batches=self._holder.batches(trainer))
-
-    def _swap_out(self) -> None:
-        if self._holder.tracker is not None:
-            self._holder.tracker.holds.swap_out()
-
-    def _evaluate_again(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._passes.due:
-            self._holder.check_processes(trainer)
-            batches = partial(self._holder.batches, trainer)
-            self._passes.run(trainer, pl_module, self._holder.tracker, batches)
-
-    def _reject_file(self, tracker: Tracker) -> None:
-        try:
-            tracker.weights.reject_file()
-        except RuntimeError as error:
-            self._holder.warn(f"{error} The module is left with its live weights.")
-            self._leave(apply=False)
-
-    def _leave(self, apply: bool) -> None:
-        tracker = self._holder.require()
-        tracker.release()
-        tracker.weights.leave(tracker.holds, apply)
 
 
 def holder_of(callback: EMACallback) -> Holder:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -106,6 +108,31 @@ class Holder:
                 "run."
             )
         return self.tracker
+
+    def begin_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A fit begins: live weights are back before anything is built on them, since optimizers may copy them."""
+        snapshots = self.settings.snapshots
+        if snapshots is not None and snapshots.dirpath is None:
+            snapshots = replace(snapshots, dirpath=Path(trainer.default_root_dir) / "snapshots")
+        self.snapshots = None if facts.is_trial(trainer) else snapshots
+        if self.of(pl_module) is None:
+            self.forget()
+        elif self.tracker is not None:
+            self.tracker.weights.begin(self.tracker.holds)
+
+    def leave(self, apply: bool) -> None:
+        """A fit ends: the module is left with its live weights or, where there is one, with the average."""
+        tracker = self.require()
+        tracker.release()
+        tracker.weights.leave(tracker.holds, apply)
+
+    def reject_file(self) -> None:
+        """A file could not be evaluated: the module is left as the last fit had left it."""
+        try:
+            self.require().weights.reject_file()
+        except RuntimeError as error:
+            self.warn(f"{error} The module is left with its live weights.")
+            self.leave(apply=False)
 
     # --- a run --------------------------------------------------------------------------------------------------------
 

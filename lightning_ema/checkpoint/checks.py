@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -64,12 +65,7 @@ def number(least: float, most: float, accepted: str) -> Kind:
 def _is_number(value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
-    return abs(value) <= LARGEST if isinstance(value, int) else math.isfinite(value)
-
-
-def choice(*words: str) -> Kind:
-    """One of some words."""
-    return simple(" or ".join(map(repr, words)), lambda value: isinstance(value, str) and value in words)
+    return abs(value) <= sys.maxsize if isinstance(value, int) else math.isfinite(value)
 
 
 def or_none(kind: Kind) -> Kind:

@@ -78,7 +78,7 @@ def test_the_callbacks_own_arguments(arguments, message):
 def test_an_object_that_is_an_argument_checks_its_own():
     with pytest.raises(ValueError, match="Recalibrate: batches is 0; it must be at least 1"):
         Recalibrate(batches=0)
-    with pytest.raises(TypeError, match="Recalibrate: batches is 2.5; it must be a whole number"):
+    with pytest.raises(TypeError, match=r"Recalibrate: batches is 2\.5; it must be a whole number"):
         Recalibrate(batches=2.5)
     with pytest.raises(ValueError, match="Select: mode is 'least'; accepted are 'min', 'max'"):
         Select("val_loss", mode="least")

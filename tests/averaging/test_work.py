@@ -81,15 +81,15 @@ def test_steps_without_an_update_call_no_operator():
     assert operators(later.step) == operators(seldom.step) == {}
 
 
-def test_a_loan_writes_and_copies_nothing(count_allocations):
+def test_a_swap_writes_and_copies_nothing(count_allocations):
     average = WeightAverage(many())
 
-    def loan():
+    def swap():
         with average.swapped():
             pass
 
     with count_allocations() as allocated:
-        counted = operators(loan)
+        counted = operators(swap)
     assert allocated.total == 0
     assert not counted.keys() & {"copy_", "clone", "_to_copy", "_foreach_copy_"}
 

@@ -220,7 +220,7 @@ def check_modes_of_ddp(rank, processes, folder):
 
 
 def check_statistics(rank, processes, folder):
-    """At each loan and each save all have the first process's statistics, or the mean; each stores its own."""
+    """At each swap and each save all have the first process's statistics, or the mean; each stores its own."""
     for shard, broadcast in ((False, True), (False, False), (True, False)):
         callback, by_hand = averaging(shard=shard), ByHand()
         carried, module = Carried(by_hand), Net()

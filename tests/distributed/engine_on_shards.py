@@ -217,8 +217,8 @@ def forward_passes_before_and_inside_a_loan_see_what_they_should():
     averaged.load_state_dict(whole_of(average.named_tensors()))
     for _ in range(2):
         torch.testing.assert_close(outputs(module), outputs(live), rtol=0, atol=1e-6)
-        with average.swapped() as lent:
-            torch.testing.assert_close(outputs(lent), outputs(averaged), rtol=0, atol=1e-6)
+        with average.swapped() as carrying:
+            torch.testing.assert_close(outputs(carrying), outputs(averaged), rtol=0, atol=1e-6)
         torch.testing.assert_close(outputs(module), outputs(live), rtol=0, atol=1e-6)
         assert (outputs(live) - outputs(averaged)).abs().max() > 0.01
 
@@ -242,19 +242,19 @@ def evaluate(average):
 
 
 @check(2)
-def a_write_during_the_loan_is_refused_by_name_and_the_live_weights_are_back():
+def a_write_during_the_swap_is_refused_by_name_and_the_live_weights_are_back():
     for change in (lambda p: p.mul_(2.0), lambda p: local(p).mul_(2.0)):
         module = sharded()
         average = WeightAverage(module, Constant(0.9))
         train(module, average)
         live = whole_of(engine(average).named_live())
-        loan = average.lend()
+        average.swap_in()
         outputs(module)
         module.reshard()
         with torch.no_grad():
             change(module.net[1].weight)
         with pytest.raises(RuntimeError, match=r"net\.1\.weight: written to"):
-            loan.recall()
+            average.swap_out()
         same(live, engine(average).named_live())
         with torch.no_grad(), average.swapped(copy=True):
             module.net[1].weight.mul_(2.0)
@@ -270,7 +270,7 @@ def a_suspended_loan_shows_the_live_weights_and_goes_on():
     )
     with average.swapped():
         outputs(module)
-        with average.suspended():
+        with engine(average).holds.instead(None):
             same(live, shown(module))
             outputs(module)
             with average.averages[1].swapped():
@@ -290,7 +290,7 @@ def shown(module):
 
 
 @check(2)
-def a_delivered_average_is_taken_back():
+def an_applied_average_is_restored():
     module = sharded()
     average = WeightAverage(module, [Constant(0.9), Constant(0.5)])
     train(module, average)
@@ -484,7 +484,7 @@ def parallel(over):
 
 
 def like_one_process(module, part):
-    """Trains with loans in between, and compares with a plain module that is trained alike."""
+    """Trains with swaps in between, and compares with a plain module that is trained alike."""
     settings = {"decay": [Constant(0.9), Constant(0.5)], "on_nonfinite": "raise"}
     average = WeightAverage(module, **settings)
 

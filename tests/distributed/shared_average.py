@@ -8,6 +8,7 @@ import datetime
 import math
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -224,47 +225,47 @@ def check_forgotten_and_started_again(rank, processes, folder):
     train(module, 3, whole, shared)
     for each, state in zip((whole, shared), early, strict=True):
         each.load_state_dict(state)
-        assert not each.started
+        assert not engine(each).started
     assert shared.distance() == 0
     train(module, 3, whole, shared)
     assert_alike(whole, shared)
 
 
-# --- the loan -------------------------------------------------------------------------------------------------------
+# --- the swap -------------------------------------------------------------------------------------------------------
 
 
-def check_loan(rank, processes, folder):
+def check_swap(rank, processes, folder):
     for make in (Layers, Flat, Gaps, tied, lambda: Layers().bfloat16()):
         module, whole, shared = followed(make, processes)
         live, expected = clones(module.state_dict()), clones(whole.named_tensors())
         with shared.swapped():
             carried = dict(module.named_parameters())
             assert all(torch.equal(carried[n], expected[n].to(carried[n].dtype)) for n in carried)
-            with shared.suspended():
+            with engine(shared).holds.instead(None):
                 assert equal(module.state_dict(), live)
             assert all(torch.equal(carried[n], expected[n].to(carried[n].dtype)) for n in carried)
             assert equal(engine(shared).named_live(), {n: live[n] for n in dict(engine(shared).named_live())})
-            with pytest.raises(RuntimeError, match="during a loan"):
+            with pytest.raises(RuntimeError, match="while the module carries"):
                 shared.step()
         assert equal(module.state_dict(), live) and equal(shared.named_tensors(), expected)
 
 
-def check_recall_needs_no_other(rank, processes, folder):
+def check_swapping_out_needs_no_other(rank, processes, folder):
     module, _, shared = followed(Layers, processes)
     live, expected = clones(module.state_dict()), clones(shared.named_tensors())
-    loan = shared.lend()
+    shared.swap_in()
     assert all(torch.equal(parameter, expected[name]) for name, parameter in module.named_parameters())
     if rank == 0:
-        loan.recall()
+        shared.swap_out()
         assert equal(module.state_dict(), live)
-    dist.barrier()  # the others have not recalled, and take theirs back later
+    dist.barrier()  # the others have not swapped out, and do so later
     if rank > 0:
-        loan.recall()
+        shared.swap_out()
         assert equal(module.state_dict(), live)
 
 
-def check_writes_during_the_loan(rank, processes, folder):
-    """What is lent was gathered for the loan: a write reaches neither the average nor the live weights."""
+def check_writes_during_the_swap(rank, processes, folder):
+    """What is carried was gathered for the swap: a write reaches neither the average nor the live weights."""
     for make in (Layers, Flat):
         module, _, shared = followed(make, processes)
         live, expected = clones(module.state_dict()), clones(shared.named_tensors())
@@ -274,7 +275,7 @@ def check_writes_during_the_loan(rank, processes, folder):
         assert equal(module.state_dict(), live) and equal(shared.named_tensors(), expected)
 
 
-def check_deliver_and_take_back(rank, processes, folder):
+def check_apply_and_restore(rank, processes, folder):
     for make in (Layers, Flat, tied, lambda: Layers().bfloat16()):
         module, whole, shared = followed(make, processes, [Constant(0.9), Constant(0.5)])
         live, expected = clones(module.state_dict()), clones(whole.named_tensors())
@@ -304,24 +305,24 @@ def check_apply(rank, processes, folder):
     assert equal(engine(shared).named_live(), expected) and equal(shared.named_tensors(), expected)
 
 
-def check_alone(rank, processes, folder):
+def check_collectives_off(rank, processes, folder):
     """After an exception nothing waits for other processes; here indeed only one process asks."""
     module, _, shared = followed(Layers, processes)
     live = clones(module.state_dict())
     if rank == 0:
-        shared.alone = True
+        engine(shared).collectives_off = True
         for call in (
-            shared.lend,
-            shared.deliver,
+            shared.swap_in,
+            partial(shared.apply, keep=True),
             shared.apply,
             shared.state_dict,
             lambda: list(shared.named_tensors()),
         ):
-            with pytest.raises(RuntimeError, match="shared among processes"):
+            with pytest.raises(RuntimeError, match="partitioned among processes"):
                 call()
-        assert equal(module.state_dict(), live) and shared.loan is None and not shared.delivered
+        assert equal(module.state_dict(), live) and not engine(shared).weights.held
         shared.step()
-        shared.alone = False
+        engine(shared).collectives_off = False
     else:
         shared.step()
     with shared.swapped():
@@ -338,7 +339,7 @@ def check_reconciled_statistics(rank, processes, folder):
         live, stored = clones(module.state_dict()), clones(average.named_tensors())
         for how, expected in (("first", by_rank[0]), ("mean", sum(by_rank) / processes), (None, by_rank[rank])):
             engine(average).sync_buffers = how
-            for carry in (WeightAverage.lent, delivered):
+            for carry in (WeightAverage.swapped, applied):
                 with carry(average):
                     assert torch.allclose(module.norm.running_mean, torch.full((7,), expected), atol=1e-6)
                     assert torch.allclose(module.norm.running_var, torch.full((7,), 1 + expected), atol=1e-6)
@@ -347,7 +348,7 @@ def check_reconciled_statistics(rank, processes, folder):
 
 
 @contextmanager
-def delivered(average):
+def applied(average):
     average.apply(keep=True)
     yield
     average.restore()

@@ -10,7 +10,8 @@ from two_processes import HERE, python, run
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp_failures")
-    run("ddp_failures.py", folder)
+    ran = run("ddp_failures.py", folder)
+    assert all((folder / name).exists() for name in ("ended.json", "resumed-0.json")), ran.stderr
     return folder
 
 

@@ -9,7 +9,8 @@ from two_processes import run
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp_runs")
-    run("ddp_runs.py", folder)
+    ran = run("ddp_runs.py", folder)
+    assert all((folder / name).exists() for name in ("2-1.json", "4-3.json")), ran.stderr
     return folder
 
 

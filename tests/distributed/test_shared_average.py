@@ -9,7 +9,8 @@ from two_processes import run
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shared_average")
-    run("shared_average.py", folder)
+    ran = run("shared_average.py", folder)
+    assert all((folder / name).exists() for name in ("2-1.json", "3-2.json")), ran.stderr
     return folder
 
 

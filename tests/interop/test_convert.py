@@ -207,7 +207,7 @@ class Watch(Callback):
         self.averaged = clones(average.named_tensors())
         self.counters = average.num_steps, average.num_updates
         with average.swapped():
-            self.lent = clones(pl_module.state_dict())
+            self.carried = clones(pl_module.state_dict())
 
 
 @pytest.mark.parametrize("system", LAYOUTS)
@@ -226,7 +226,7 @@ def test_a_file_is_recognised_and_a_trainer_goes_on_with_its_average(system, tmp
     live, floats = live or average, {name for name in average if average[name].is_floating_point()}
     assert equal(watch.live, live)
     assert equal(watch.averaged, {name: average[name] for name in floats})
-    assert equal(watch.lent, {name: (average if name in floats else live)[name] for name in average})
+    assert equal(watch.carried, {name: (average if name in floats else live)[name] for name in average})
     assert watch.counters == (7, 7)
     assert callback.average.num_steps == 7 + 12
 
@@ -355,7 +355,7 @@ def test_stochastic_weight_averaging_as_lightning_writes_it(tmp_path):
     fit(seeded(), StochasticWeightAveraging(0.01, swa_epoch_start=2), kept, max_epochs=5)
     found = interop.read(tmp_path / "swa.ckpt")
     assert found.updates == 3 and found.steps is None
-    for name in PARAMETERS:  # it absorbs the weights at the start of the epochs 1, 2 and 3
+    for name in PARAMETERS:  # it averages the weights at the start of the epochs 1, 2 and 3
         torch.testing.assert_close(found.weights[name], sum(each[name] for each in kept.states[:3]) / 3)
     assert equal(found.live, kept.live)
     assert torch.equal(found.weights["net.1.running_mean"], kept.live["net.1.running_mean"])

@@ -1,4 +1,4 @@
-"""buffers=Recalibrate(...): statistics that belong to the averaged weights, in evaluations and files, and nowhere else."""
+"""buffers=Recalibrate(...): statistics that belong to the average, in evaluations and files, and nowhere else."""
 
 import pytest
 import torch

@@ -218,7 +218,7 @@ class SavesIn(Callback):
         (average,) = [c.average for c in trainer.callbacks if isinstance(c, EMACallback)]
         self.live, self.expected = clones(engine(average).named_live()), clones(average.named_tensors())
         self.updates = average.num_updates
-        assert average.num_steps == trainer.global_step, "a step was not absorbed before the save"
+        assert average.num_steps == trainer.global_step, "a step was not taken up before the save"
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["before ours", "after ours"])

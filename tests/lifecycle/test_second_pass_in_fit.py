@@ -298,8 +298,8 @@ def test_a_compiled_network():
     assert equal(*results)
 
 
-def test_the_live_weights_beside_an_average_on_loan():
-    """The order of calls that an averaging callback needs: begin, lend; recall, evaluate again, lend."""
+def test_the_live_weights_beside_an_average_that_is_carried():
+    """The order of calls that an averaging callback needs: begin, swap in; swap out, evaluate again, swap in."""
 
     class Averages(Twice):
         def on_fit_start(self, trainer, pl_module):
@@ -311,18 +311,18 @@ def test_the_live_weights_beside_an_average_on_loan():
         def on_validation_start(self, trainer, pl_module):
             self.live = clones(pl_module.state_dict())
             self.begun = begin(trainer, pl_module)
-            self.average.lend()
+            self.average.swap_in()
             self.averaged = clones(pl_module.state_dict())
 
         def on_validation_epoch_end(self, trainer, pl_module):
-            self.average.loan.recall()
+            self.average.swap_out()
             self.passes.append(evaluate_again(trainer, pl_module, self.begun, nullcontext()))
             assert equal(pl_module.state_dict(), self.live | {"seen": pl_module.seen})
-            self.average.lend()
+            self.average.swap_in()
             log_again(pl_module, self.passes[-1], "_live")
 
         def on_validation_end(self, trainer, pl_module):
-            self.average.loan.recall()
+            self.average.swap_out()
 
     class Counts(Regression):
         def __init__(self):

@@ -1,4 +1,4 @@
-"""One of several averages is selected in each validation, by scores that are worked out here in trainers of their own."""
+"""One of several averages is selected in each validation, by scores worked out here in trainers of their own."""
 
 import copy
 import logging

@@ -11,7 +11,7 @@ from helpers import engine, seeded
 from torch import nn
 
 from lightning_ema import Constant, WeightAverage
-from lightning_ema.averaging import update as absorption
+from lightning_ema.averaging import update as updates
 from lightning_ema.ops.fused import BLOCK, TOGETHER, FusedLerp, fits, lerp_of
 from lightning_ema.ops.lerp import AlikeLerp, CastLerp, lerp_reference_
 
@@ -127,7 +127,7 @@ def test_an_average_through_the_kernel_while_the_module_changes(interpreted, mon
         made.append(FusedLerp(averages, lives, None))
         return made[-1]
 
-    monkeypatch.setattr(absorption, "lerp_of", fused)
+    monkeypatch.setattr(updates, "lerp_of", fused)
     network = seeded(lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))).bfloat16()
     average = WeightAverage(network, [Constant(0.9), Constant(0.5)])
     expected = [{n: t.detach().double() for n, t in one.named_tensors()} for one in average.averages]

@@ -9,7 +9,7 @@ import torch
 from helpers import BATCHES, Regression, ema, fit, seeded
 
 from lightning_ema import Constant, WeightAverage
-from lightning_ema.averaging import update as absorption
+from lightning_ema.averaging import update as updates
 from lightning_ema.ops import offload as module_under_test
 from lightning_ema.ops.lerp import CHUNK, lerp_reference_
 from lightning_ema.ops.offload import Offload, Update, update_through_buffers_
@@ -113,8 +113,8 @@ def test_copies_have_no_thread(monkeypatch):
 @pytest.fixture
 def offloaded(monkeypatch):
     """An average whose pairs count as lying on another device."""
-    real = absorption.Group
-    monkeypatch.setattr(absorption, "Group", lambda averages, stretch, where: real(averages, stretch, "thread"))
+    real = updates.Group
+    monkeypatch.setattr(updates, "Group", lambda averages, stretch, where: real(averages, stretch, "thread"))
 
 
 def test_whatever_reads_the_average_waits_for_it(offloaded, monkeypatch):
@@ -125,7 +125,7 @@ def test_whatever_reads_the_average_waits_for_it(offloaded, monkeypatch):
     readings = {
         "named_tensors": lambda: dict(average.named_tensors())["weight"],
         "state_dict": lambda: average.state_dict()["average"]["weight"],
-        "lent": lambda: lent(average, network),
+        "swapped": lambda: swapped(average, network),
         "distance": lambda: torch.tensor([[average.distance()]]),
     }
     expected, value = 0.0, 1.0
@@ -141,7 +141,7 @@ def test_whatever_reads_the_average_waits_for_it(offloaded, monkeypatch):
         value += 1
 
 
-def test_a_loan_of_another_average_waits_for_it(offloaded, monkeypatch):
+def test_a_swap_of_another_average_waits_for_it(offloaded, monkeypatch):
     network = torch.nn.Linear(1, 1, bias=False)
     with torch.no_grad():
         network.weight.fill_(0.0)
@@ -150,7 +150,7 @@ def test_a_loan_of_another_average_waits_for_it(offloaded, monkeypatch):
     with torch.no_grad():
         network.weight.fill_(1.0)
     average.step()
-    thread = average._tracker.tensors._absorption._offload._thread
+    thread = average._tracker.tensors._updates._offload._thread
     join = thread.join
     thread.join = lambda: (gate.open.set(), join())
     with other.swapped():
@@ -176,7 +176,7 @@ def test_what_the_next_forward_pass_writes_to_is_averaged_as_it_was_at_the_step(
     assert averages["1.running_mean"].tolist() == [5.0, 5.0]
 
 
-def lent(average, network):
+def swapped(average, network):
     with average.swapped():
         return network.weight.detach().clone()
 

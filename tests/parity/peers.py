@@ -204,7 +204,7 @@ class Yolo:
 
 
 class LitEma:
-    """``LitEma``, read as its users lend it: frozen weights and buffers are the live ones."""
+    """``LitEma``, read as its users swap it in: frozen weights and buffers are the live ones."""
 
     def __init__(self, **settings):
         self.settings = settings
@@ -218,9 +218,9 @@ class LitEma:
     def tensors(self):
         self.average.store(self.module.parameters())
         self.average.copy_to(self.module)
-        lent = clones(floats(self.module))
+        carried = clones(floats(self.module))
         self.average.restore(self.module.parameters())
-        return lent
+        return carried
 
 
 class Mmdet2:

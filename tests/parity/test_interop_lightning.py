@@ -76,10 +76,10 @@ def test_lit_ema(make, averaged, decay, tmp_path):
     assert (found.system, found.steps, found.decay) == ("lit_ema", 4, f"Warmup({decay})")
     assert equal(found.live, live)
     with module.ema_scope():
-        lent = {n: t for n, t in clones(module.state_dict()).items() if not n.startswith("model_ema.")}
-    assert equal(found.weights, lent)
+        carried = {n: t for n, t in clones(module.state_dict()).items() if not n.startswith("model_ema.")}
+    assert equal(found.weights, carried)
     trained = {n for n, p in module.named_parameters() if p.requires_grad}
-    assert {n for n in live if not torch.equal(live[n], lent[n])} == {n for n in trained if n.startswith(averaged)}
+    assert {n for n in live if not torch.equal(live[n], carried[n])} == {n for n in trained if n.startswith(averaged)}
 
 
 def test_a_trainer_goes_on_as_lit_ema_does(tmp_path):

@@ -104,14 +104,14 @@ def test_torch_ema(counts, tmp_path):
     for _ in walk(module, CALLS):
         average.update()
     with average.average_parameters():
-        lent = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    assert not torch.equal(lent["head.bias"], module.head.bias)
+        carried = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    assert not torch.equal(carried["head.bias"], module.head.bias)
     state = average.state_dict()
     found = read(state, tmp_path, like=trained)
     assert (found.system, found.steps) == ("torch_ema", CALLS if counts else None)
     assert found.decay == ("Warmup(0.8)" if counts else "Constant(0.8)")
     assert found.weights.keys() == trained.keys()
-    assert all(torch.equal(found.weights[name], lent[name]) for name in trained)
+    assert all(torch.equal(found.weights[name], carried[name]) for name in trained)
     with pytest.raises(ValueError, match=r"in several ways: .*norm\.bias or frozen\.bias"):  # both are of 4 numbers
         read(state, tmp_path, like=module.state_dict())
 

@@ -122,10 +122,10 @@ def test_a_16_bit_adapter_is_written_in_its_own_dtype(tmp_path):
     average.step()
     with average.swapped():
         network.save_pretrained(tmp_path / "adapter")
-        lent = {name: t.clone() for name, t in network.state_dict().items() if ".lora_" in name}
+        carried = {name: t.clone() for name, t in network.state_dict().items() if ".lora_" in name}
     written = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert {t.dtype for t in written.values()} == {torch.bfloat16}
-    assert {name.replace(".default", ""): t.sum().item() for name, t in lent.items()} == {
+    assert {name.replace(".default", ""): t.sum().item() for name, t in carried.items()} == {
         name: t.sum().item() for name, t in written.items()
     }
 

@@ -186,16 +186,16 @@ class TestFile:
         assert set(content["rest"]) == {"net.1.num_batches_tracked", "net.4.weight"}
         assert [key for key, *_ in content["entries"]] == list(net.state_dict())
 
-    def test_it_is_the_same_during_a_loan_and_after_a_delivery(self, tmp_path):
+    def test_it_is_the_same_during_a_swap_and_after_a_delivery(self, tmp_path):
         averages = tracked(seeded(Regression))
         snapshots = Snapshots(tmp_path, every_n_steps=100)
         train(averages, snapshots, 5)
         plain = load(write(snapshots, averages))
         with averages[1].swapped():
-            lent = load(write(snapshots, averages))
+            carried = load(write(snapshots, averages))
         averages[0].apply(keep=True)
-        delivered = load(write(snapshots, averages))
-        for other in (lent, delivered):
+        applied = load(write(snapshots, averages))
+        for other in (carried, applied):
             assert other["entries"] == plain["entries"]
             for one, two in zip(plain["averages"], other["averages"], strict=True):
                 assert all(torch.equal(one["tensors"][name], two["tensors"][name]) for name in one["tensors"])
