@@ -166,14 +166,18 @@ def test_states_that_do_not_fit_are_refused():
         WeightAverage(net, Bema()).load_state_dict(WeightAverage(net).state_dict())
     damaged = WeightAverage(net, Bema()).state_dict()
     del damaged["origin"]["0.weight"]
-    with pytest.raises(ValueError, match=r"0\.weight: its value at the start is not in the state"):
+    with pytest.raises(ValueError, match=r"damaged[^:]*:\n  origin\['0\.weight'\] is missing\n"):
+        WeightAverage(net, Bema()).load_state_dict(damaged)
+    damaged["stored"]["origin"].remove("0.weight")
+    with pytest.raises(ValueError, match=r"not hold the values at the start of 0\.weight, which decay=Bema\(\) needs"):
         WeightAverage(net, Bema()).load_state_dict(damaged)
     state = three.state_dict()
-    state["others"][1] = {**state["others"][1], "0.weight": torch.zeros(7)}
-    with pytest.raises(ValueError, match=r"0\.weight: shape \(7,\) in the state, \(4, 3\) in the module"):
+    state["further"][1] = {**state["further"][1], "0.weight": torch.zeros(7)}
+    shapes = r"of float32 and shape \(7,\), while average\['0\.weight'\] is a tensor of float32 and shape \(4, 3\)\n"
+    with pytest.raises(ValueError, match=r"damaged.*\n  further\[1\]\['0\.weight'\] is a tensor " + shapes):
         three.load_state_dict(state)
-    state["others"][1] = {"0.weight": 3}
-    with pytest.raises(ValueError, match=r"damaged.*others\[1\]\['0.weight'\] missing or of the wrong kind"):
+    state["further"][1] = {**state["further"][1], "0.weight": 3}
+    with pytest.raises(ValueError, match=r"damaged.*\n  further\[1\]\['0\.weight'\] is 3; accepted is a tensor of"):
         three.load_state_dict(state)
 
 
