@@ -54,9 +54,9 @@ class ModuleWeights:
             known = cls.known[id(module)] = cls(module)
         return known
 
-    def add(self, tracked: Tracked, averages: int) -> TensorSet:
-        """A further set of tensors of this module, those of so many averages."""
-        tensors = TensorSet(self, tracked, averages)
+    def add(self, tracked: Tracked) -> TensorSet:
+        """A further set of tensors of this module."""
+        tensors = TensorSet(self, tracked)
         self._sets.add(tensors)
         return tensors
 
@@ -77,6 +77,11 @@ class ModuleWeights:
         swaps = [held for held in self.held if not held.paused and not held.applied]
         written = [t for held in swaps if held.live_statistics for t in statistics_of(self.module).values()]
         return [tensor for held in swaps for tensor in held.swap.returning()] + written
+
+    @property
+    def recalibrates(self) -> bool:
+        """Whether BatchNorm statistics of the module are estimated anew for an average."""
+        return any(tensors.estimates for tensors in self._sets)
 
     def evaluated_beside(self, tensors: TensorSet) -> list[str]:
         """The names of other callbacks that evaluate averages of some of these tensors."""

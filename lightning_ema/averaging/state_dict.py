@@ -73,11 +73,16 @@ def resume(tracker: Tracker, state: AverageState, held: Mapping[str, Tensor] = _
     asked = replace(whole, average=averages[0], further=tuple(averages[1:]), origin=origin)
     problems = [f"{name}: not in the state" for name in state.names if name not in whole.average]
     problems += misfits(asked, Survey(tracker.module).tensors)
-    problems += tensors.lacking(averages, origin, buffers_begin=state.config.get("buffers") != settings.buffers)
+    problems += tensors.lacking(averages, buffers_begin=state.config.get("buffers") != settings.buffers)
     if problems:
         raise ValueError(
             f"the state does not fit {type(tracker.module).__name__}:\n  " + "\n  ".join(dict.fromkeys(problems)) + "\n"
             "Build the module as it was when the state was written, or choose the same tensors by include and exclude."
+        )
+    if lost := tensors.lacking_origin(averages[0], origin):
+        raise ValueError(
+            f"the state does not hold the values at the start of {', '.join(lost)}, which decay="
+            f"{settings.describe()['decay']} needs. Go on with a decay that needs none, or begin a new run."
         )
     tensors.load(averages, origin)
     tracker.resume(state)

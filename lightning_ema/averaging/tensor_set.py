@@ -98,14 +98,13 @@ class TensorSet:
         over: whether its averages are to be dropped, because the module's weights are others' now.
     """
 
-    def __init__(self, weights: Weights, tracked: Tracked, averages: int) -> None:
+    def __init__(self, weights: Weights, tracked: Tracked) -> None:
         self.weights = weights
         self.evaluated_by = ""
         self.selected = 0
         self.estimates: list[Estimate] = []
         self.left = self.over = False
         self._tracked = tracked
-        self._averages = averages
 
     # --- what it holds ------------------------------------------------------------------------------------------------
 

@@ -152,26 +152,24 @@ class TrackedTensors:
         named = {name: tensor for name, tensor in tensors.items() if name in known and self._allowed(known[name])}
         return {known[name].name: tensor for name, tensor in named.items()}
 
-    def lacking(
-        self, averages: Sequence[Mapping[str, Tensor]], origin: Mapping[str, Tensor], buffers_begin: bool = False
-    ) -> list[str]:
+    def lacking(self, averages: Sequence[Mapping[str, Tensor]], buffers_begin: bool = False) -> list[str]:
         """What a state would have to hold besides its tensors that are :meth:`wanted`, a line for each name.
 
         Args:
             averages: its tensors, for each decay.
-            origin: the parameters as they were at the start; not asked for where no schedule needs them.
             buffers_begin: buffers that are not among them begin with the live ones.
         """
-        lost = [
+        return [
             f"{name}: not in the state"
             for name, pair in self._pairs.items()
             for tensors in averages
             if name not in tensors and not (buffers_begin and pair.candidate.is_buffer)
         ]
-        if self._placement.keeps_origin:
-            parameters = [c.name for c in self._survey.candidates if c.name in averages[0] and not c.is_buffer]
-            lost += [f"{name}: its value at the start is not in the state" for name in parameters if name not in origin]
-        return lost
+
+    def lacking_origin(self, average: Mapping[str, Tensor], origin: Mapping[str, Tensor]) -> list[str]:
+        """Averaged parameters whose value at the start a state does not hold, where a schedule needs it."""
+        parameters = [c.name for c in self._survey.candidates if c.name in average and not c.is_buffer]
+        return [name for name in parameters if name not in origin] if self._placement.keeps_origin else []
 
     def load(self, averages: Sequence[Mapping[str, Tensor]], origin: Mapping[str, Tensor]) -> None:
         """Takes over a state's tensors that are :meth:`wanted`, once they were found to fit.
@@ -201,7 +199,10 @@ class TrackedTensors:
         for candidate in self._survey.candidates:
             if candidate.name in before or self._takes(candidate):
                 if candidate.name in taken:
-                    raise ValueError(f"two tensors are named {candidate.name!r} once wrapper prefixes are left out.")
+                    raise ValueError(
+                        f"two tensors are named {candidate.name!r} once wrapper prefixes are left out. Rename one of "
+                        "them in the module."
+                    )
                 taken[candidate.name] = candidate
         if self.started:
             cuts = self._placement.cuts(list(taken.values()), before)

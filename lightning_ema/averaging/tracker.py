@@ -72,7 +72,7 @@ class Tracker:
         self.collectives_off = False
         self.tensors = TrackedTensors(module, settings, into, self.processes > 1)
         self._weights = ModuleWeights.of(module)
-        self.holds = self._weights.add(self, len(settings.decays))
+        self.holds = self._weights.add(self)
         self._no_grad = torch.no_grad()
         if self.start_step == 0:
             self.start()
@@ -99,7 +99,10 @@ class Tracker:
         if self._weights.holding:
             self.holds.refuse_during_swap("step()")
         if not isinstance(n, int) or n < 0:
-            raise ValueError(f"step({n!r}): the number of steps since the last call is a whole number, not negative.")
+            raise ValueError(
+                f"step({n!r}): the number of steps since the last call is a whole number, not negative. Call step() "
+                "after each step of the optimizer, or step(n) after n of them."
+            )
         before = self.num_steps - self.start_step
         self.num_steps += n
         if not self.tensors.started:
@@ -149,7 +152,9 @@ class Tracker:
     def _decay(self, schedule: Schedule, after: int, upto: int) -> float:
         decay = schedule(upto) if upto - after == 1 else schedule.product(after, upto)
         if not 0 <= decay <= 1:
-            raise ValueError(f"{schedule!r} gave the decay {decay!r} at step {upto}; it must lie in [0, 1].")
+            raise ValueError(
+                f"{schedule!r} gave the decay {decay!r} at step {upto}; it must lie in [0, 1]. Cap it with min and max."
+            )
         return decay
 
     def _nonfinite_message(self) -> str:

@@ -97,7 +97,9 @@ class WeightAverage:
             on_nonfinite,
         )
         if not isinstance(module, nn.Module):
-            raise TypeError(f"module is {module!r}; it must be a torch.nn.Module.")
+            raise TypeError(
+                f"module is {module!r}; it must be a torch.nn.Module, not its parameters or its state_dict."
+            )
         check_flag(shard, "shard")
         if into is not None:
             _check_target(into, module, settings, shard)
@@ -280,7 +282,7 @@ class WeightAverage:
                 "load_state_dict() of a further one of several averages, which share one state. Call it on the first "
                 "of them, with a state that the first of them gave."
             )
-        resume(self._tracker, read(state, AverageState))
+        resume(self._tracker, read(state, AverageState, state_dict={}))
 
 
 def tracker_of(average: WeightAverage) -> Tracker:

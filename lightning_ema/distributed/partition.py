@@ -89,5 +89,8 @@ def can_be_partitioned(tensor: Tensor) -> bool:
 def _in_memory_order(tensor: Tensor) -> Tensor:
     flat = flat_alike(tensor)
     if flat is None:
-        raise ValueError(f"a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} has gaps.")
+        raise ValueError(
+            f"a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} has gaps. With shard=True call "
+            "module.to(memory_format=...) before fit."
+        )
     return flat[0]

@@ -138,7 +138,7 @@ def _combined(snapshots: Sequence[Snapshot], values: Tensor) -> dict[str, Tensor
                 # a tensor that was still frozen then: an average of what does not change is that
                 tensor = average.get(name)
                 _add(sums, name, live[rest[name]] if tensor is None else tensor, coefficient)
-    _, kept = tensors_of(newest.path)
+    kept = tensors_of(newest.path)[1]  # the averages in that file are let go
     return {
         entry.key: sums[entry.name].to(entry.dtype) if entry.name else kept[entry.key].clone()
         for entry in newest.entries

@@ -154,7 +154,10 @@ def inner(schedule: Schedule | float) -> Schedule:
     found = _of_number(schedule)
     _refuse_per_update(found)
     if found.corrects:
-        raise ValueError(f"{found!r} corrects the average of a whole run and cannot be part of another schedule.")
+        raise ValueError(
+            f"{found!r} corrects the average of a whole run and cannot be part of another schedule. It stands alone: "
+            "decay=Bema()."
+        )
     return found
 
 

@@ -312,7 +312,8 @@ class TestRefusals:
         average = WeightAverage(nn.Linear(2, 1), Constant(0.9))
         average.step()
         state = average.state_dict()
-        del state["histories"]
+        (history,) = state["histories"]
+        state["histories"] = [history | {"stretches": [], "unrecorded_steps": 1, "unrecorded_updates": 1}]
         average.load_state_dict(state)
         average.step()
         with pytest.raises(ValueError, match=r"does not say at which steps.*start\(\)"):

@@ -323,7 +323,7 @@ class TestRefusals:
             synthesize(tmp_path, sigma_rel=0.075)
 
     def test_a_hopeless_one_is_refused_before_any_weight_is_read(self, long_run, monkeypatch):
-        monkeypatch.setattr("lightning_ema.posthoc.synthesis.load", None)
+        monkeypatch.setattr("lightning_ema.posthoc.synthesis.tensors_of", None)
         with pytest.raises(ValueError, match="cannot be put together"):
             synthesize(long_run[0], profile=HalfLife(steps=2))
 

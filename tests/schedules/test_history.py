@@ -61,9 +61,18 @@ def test_it_survives_the_state_dict_and_a_file(tmp_path):
     assert runs(history_of(average)) == [[(1, 2), (3, 1)]], "the state is a copy"
 
 
-def test_a_file_without_a_history_loads_with_an_empty_one():
+def test_a_file_without_a_history_is_refused_and_nothing_changed():
     state = followed([1, 1, 3]).state_dict()
     del state["histories"]
+    other = followed([1])
+    with pytest.raises(ValueError, match=r"\n  histories is missing; accepted is a list of histories\n"):
+        other.load_state_dict(state)
+    assert other.num_updates == 1 and runs(history_of(other)) == [[(1, 1)]]
+
+
+def test_a_file_that_says_how_much_was_not_recorded_loads_with_an_empty_history():
+    state = followed([1, 1, 3]).state_dict()
+    state["histories"] = [{**History().state_dict(), "unrecorded_steps": 5, "unrecorded_updates": 3}]
     other = followed([1])
     other.load_state_dict(state)
     assert other.num_updates == 3 and history_of(other).stretches == []
