@@ -80,8 +80,8 @@ class ModuleWeights:
 
     @property
     def recalibrates(self) -> bool:
-        """Whether BatchNorm statistics of the module are estimated anew for an average."""
-        return any(tensors.estimates for tensors in self._sets)
+        """Whether BatchNorm statistics of the module are estimated anew for an average of the present fit."""
+        return any(tensors.estimates for tensors in self._sets if not (tensors.over or tensors.left))
 
     def evaluated_beside(self, tensors: TensorSet) -> list[str]:
         """The names of other callbacks that evaluate averages of some of these tensors."""

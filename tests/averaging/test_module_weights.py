@@ -7,6 +7,7 @@ from torch import nn
 
 from lightning_ema import Constant, WeightAverage
 from lightning_ema.averaging.module_weights import ModuleWeights
+from lightning_ema.averaging.tensor_set import Estimate
 
 
 def network(dtype=torch.float32):
@@ -247,6 +248,17 @@ def test_one_module_has_one_owner_of_what_it_holds():
     first, second = WeightAverage(net), WeightAverage(net, include=["0.*"])
     assert engine(first).weights is engine(second).weights is ModuleWeights.of(net)
     assert ModuleWeights.of(other) is not ModuleWeights.of(net)
+
+
+def test_statistics_are_estimated_anew_as_long_as_an_average_of_the_present_fit_has_them():
+    net = network()
+    average = WeightAverage(net, buffers="copy")
+    weights, tensors = engine(average).weights, engine(average).holds
+    assert not weights.recalibrates
+    tensors.estimates = [Estimate()]
+    assert weights.recalibrates
+    weights.drop(tensors)  # as when a callback gives its average up
+    assert not weights.recalibrates
 
 
 # --- an average of a module and one of its part -----------------------------------------------------------------------
