@@ -10,7 +10,7 @@ set of tensors that is averaged. They alone change what the module holds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 from weakref import WeakSet, WeakValueDictionary
@@ -118,13 +118,17 @@ class ModuleWeights:
 
         What was kept of that fit is dropped then: the sets that took part in it are ``over``.
         """
-        if self._edits is None or self._edits.intact():
-            return
-        of_fit = [tensors for tensors in self._sets if tensors.left]
-        for tensors in of_fit:
+        if self._edits is not None and not self._edits.intact():
+            self.drop_left()
+
+    def drop_left(self, kept: Collection[TensorSet] = ()) -> None:
+        """What the module holds counts from here: the sets that a fit left, other than these, are ``over``."""
+        dropped = [tensors for tensors in self._sets if tensors.left and tensors not in kept]
+        for tensors in dropped:
             tensors.over, tensors.left = True, False
-        self.held = [held for held in self.held if held.tensors not in of_fit]
-        self.stored, self._loading, self._edits = {}, False, None
+        self.held = [held for held in self.held if held.tensors not in dropped]
+        if not any(tensors.left for tensors in self._sets):
+            self.stored, self._loading, self._edits = {}, False, None
 
     def expect_broadcast(self, expected: bool) -> None:
         """A strategy is about to overwrite all weights by the same weights, which is no edit."""

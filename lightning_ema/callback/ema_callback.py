@@ -138,15 +138,16 @@ class EMACallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         holder, tracker = self._holder, self._holder.tracker
-        ours = [c._settings for c in facts.callbacks(trainer) if isinstance(c, EMACallback)]
-        check_beside(trainer, [each for each in ours if each.evaluation.gives_average], shard=self._settings.shard)
+        ours = [c for c in facts.callbacks(trainer) if isinstance(c, EMACallback)]
+        evaluating = [c._settings for c in ours if c._settings.evaluation.gives_average]
+        check_beside(trainer, evaluating, shard=self._settings.shard)
         self._passes.check(trainer)
         if tracker is not None:
             tracker.collectives_off = False  # all processes have met, or none would be here
             tracker.weights.expect_broadcast(strategies.overwrites_weights(trainer))
         holder.drop_if_over()
         if stage == "fit":
-            holder.begin_fit(trainer, pl_module)
+            holder.begin_fit(trainer, pl_module, [callback._holder for callback in ours])
             if strategies.spawns(trainer):
                 holder.warn(messages.will_not_return())
 

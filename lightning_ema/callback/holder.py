@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_ema.averaging.module_weights import ModuleWeights
 from lightning_ema.averaging.tensor_set import Batches, Estimate
 from lightning_ema.averaging.tracker import Tracker
 from lightning_ema.averaging.weight_average import WeightAverage, tracker_of
@@ -109,8 +110,15 @@ class Holder:
             )
         return self.tracker
 
-    def begin_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A fit begins: live weights are back before anything is built on them, since optimizers may copy them."""
+    def begin_fit(self, trainer: Trainer, pl_module: LightningModule, beside: Iterable[Holder]) -> None:
+        """A fit begins: live weights are back before anything is built on them, since optimizers may copy them.
+
+        Args:
+            trainer: the trainer.
+            pl_module: what it trains. What callbacks of other trainers left in it counts as its weights.
+            beside: the holders of all callbacks of this trainer.
+        """
+        ModuleWeights.of(pl_module).drop_left([each.tracker.holds for each in beside if each.tracker is not None])
         snapshots = self.settings.snapshots
         if snapshots is not None and snapshots.dirpath is None:
             snapshots = replace(snapshots, dirpath=Path(trainer.default_root_dir) / "snapshots")
