@@ -472,7 +472,9 @@ class TestState:
             del damaged[name]
             with pytest.raises(ValueError, match=rf"the state is damaged[^:]*:\n  {name} is missing; accepted is "):
                 average.load_state_dict(damaged)
-        with pytest.raises(ValueError, match=r"\n  average\['a'\] is a list of length 1; accepted is a tensor of float"):
+        with pytest.raises(
+            ValueError, match=r"\n  average\['a'\] is a list of length 1; accepted is a tensor of float"
+        ):
             average.load_state_dict({**average.state_dict(), "average": {"a": [1.0]}})
 
     def test_an_averaged_buffer_is_taken_up_though_the_live_one_has_diverged(self):
