@@ -2,8 +2,9 @@
 
 The build of the site puts the list into the page; ``python docs/message_page.py`` prints it.
 
-A message stands in ``raise Kind(...)``, in a call of one of ``SAID_BY``, or in a function that returns a sentence. What
-it fills in is written ``<...>``, what it may leave out ``[...]``, and of ``(this | that)`` it says one.
+A message stands in ``raise Kind(...)``, in a function that returns the error, in a call of one of ``SAID_BY``, or in a
+function that returns a sentence. What it fills in is written ``<...>``, what it may leave out ``[...]``, and of
+``(this | that)`` it says one.
 """
 
 from __future__ import annotations
@@ -21,10 +22,9 @@ PLACE = "<!-- the list stands here -->"
 SAID_BY = {
     "warn": "warning",
     "warning": "warning",
-    "_warn": "warning",
     "rank_zero_warn": "warning",
     "info": "log line",
-    "_say": "log line",
+    "say": "log line",
     "rank_zero_info": "log line",
 }
 """How a function says its first argument."""
@@ -111,7 +111,11 @@ def said(nodes: Iterable[ast.AST]) -> Iterator[tuple[str, ast.expr]]:
     """What is raised or said: how, and the text."""
     for node in nodes:
         match node:
+            case ast.Raise(exc=ast.Call(func=kind, args=[ast.List(elts=texts)])):  # the lines of a longer message
+                yield from ((name_of(kind), text) for text in texts)
             case ast.Raise(exc=ast.Call(func=kind, args=[text, *_])):
+                yield name_of(kind), text
+            case ast.Return(value=ast.Call(func=kind, args=[text, *_])) if name_of(kind).endswith("Error"):
                 yield name_of(kind), text
             case ast.Call(func=function, args=[text, *rest]) if name_of(function) in SAID_BY:
                 yield SAID_BY[name_of(function)], ast.BinOp(text, ast.Mod(), ast.Tuple(rest)) if rest else text
@@ -288,6 +292,8 @@ class Package:
         self._calls: dict[str, list[ast.Call]] = {}
         for node in (node for tree in self.trees.values() for node in ast.walk(tree) if isinstance(node, ast.Call)):
             self._calls.setdefault(name_of(node.func), []).append(node)
+        given = (function for tree in self.trees.values() for _, function in functions(tree) if function.returns)
+        self._errors = {f.name: ast.unparse(f.returns) for f in given if ast.unparse(f.returns).endswith("Error")}
         self._kinds = self._kinds_of_sentences()
 
     def messages(self, path: Path) -> list[Message]:
@@ -296,7 +302,8 @@ class Package:
         for place, function in functions(self.trees[path]):
             reader = Reader(self._constants[path] | self._arguments(function) | values(inside(function)))
             sentences = [text for node in returned(function) for text in self._each(reader, node)]
-            texts = [(kind, text) for kind, node in said(inside(function)) for text in self._each(reader, node)]
+            spoken = [(self._errors.get(kind, kind), node) for kind, node in said(inside(function))]
+            texts = [(kind, text) for kind, node in spoken for text in self._each(reader, node)]
             when = ""
             if any(map(is_sentence, sentences)) and function.name in self._kinds:
                 texts += [(", ".join(sorted(self._kinds[function.name])), text) for text in sentences]

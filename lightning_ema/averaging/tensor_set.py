@@ -111,7 +111,8 @@ class TensorSet:
     @property
     def gives_average(self) -> bool:
         """Whether evaluations and files are to see an average at present, rather than what is in the module."""
-        return bool(self.evaluated_by) and self._tracked.num_updates > 0 and not self.weights.holds_file
+        can = bool(self.evaluated_by) and self._tracked.num_updates > 0
+        return can and not self.over and not self.weights.holds_file
 
     @property
     def wants_average(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -147,6 +148,12 @@ def _is_dtype(value: object) -> bool:
     return isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype)
 
 
+def _is_steps(value: object) -> bool:
+    if not isinstance(value, (list, tuple)) or any(problem for step in value for problem in COUNT.problems("", step)):
+        return False
+    return all(before < after for before, after in itertools.pairwise(value))
+
+
 def _is_pace(value: object) -> bool:
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         return False
@@ -164,6 +171,7 @@ def kind_of(tensor: Tensor) -> str:
 
 
 COUNT = whole()
+STEPS = simple("a list of whole numbers, ascending", _is_steps)
 FLAG = simple("True or False", lambda value: isinstance(value, bool))
 TEXT = simple("text", lambda value: isinstance(value, str))
 NAMES = simple("a list of names, each once", _is_names)
@@ -304,7 +312,7 @@ def _misplaced(e: Mapping[str, Any], sets: Sets, state_dict: Mapping[str, Any]) 
     """
     held = {without_wrappers(key): value for key, value in state_dict.items() if isinstance(value, Tensor)}
     names = set(e["names"])
-    renamed = [tensor.shape for name, tensor in held.items() if name not in names]
+    renamed = [tensor.shape for name, tensor in held.items() if name not in names and _is_averaged(tensor)]
     shapes = {name: tensor.shape for tensors in sets.values() for name, tensor in tensors.items()}
     for name in e["names"]:
         shape = shapes.get(name)

@@ -26,6 +26,7 @@ from lightning_ema.checkpoint.checks import (
     NAMES,
     PACE,
     SETTINGS,
+    STEPS,
     TENSORS,
     TEXT,
     Kind,
@@ -77,7 +78,7 @@ _STRETCH = record(
 _HISTORY = record(
     {
         "run": TEXT,
-        "snapshots": list_of(COUNT, "a list of whole numbers"),
+        "snapshots": STEPS,
         "stretches": list_of(_STRETCH, "a list of stretches"),
         "unrecorded_steps": COUNT,  # of an average that was imported, or that was started again
         "unrecorded_updates": COUNT,
@@ -299,13 +300,13 @@ def check_format(stored: object) -> None:
         return
     if found < FORMAT:
         raise ValueError(
-            f"the state has format {found}, which versions before the first release wrote; this version of "
+            f"the state has format {shown(found)}, which versions before the first release wrote; this version of "
             f"lightning_ema reads format {FORMAT}. Begin a new run; the weights in the file can still be loaded "
             "without the callback."
         )
     raise ValueError(
-        f"the state has format {found}; this version of lightning_ema reads format {FORMAT}. Update lightning_ema to "
-        "read files that a newer one wrote."
+        f"the state has format {shown(found)}; this version of lightning_ema reads format {FORMAT}. Update "
+        "lightning_ema to read files that a newer one wrote."
     )
 
 

@@ -159,6 +159,11 @@ def write(imported: Imported, path: str | Path, form: Form, *, steps: int | None
     """
     check_one_of(form, "form", get_args(Form))
     known = imported.steps if steps is None else steps
+    if known is not None and imported.updates is not None and imported.updates > known:
+        raise ValueError(
+            f"steps is {known}, but the file of {imported.system} counts {imported.updates} updates, and each takes a "
+            f"step. Give at least as many: --steps {imported.updates} (in Python steps={imported.updates})."
+        )
     if form == "weights":
         text = {"average": imported.system, "steps": "" if known is None else str(known), "decay": imported.decay}
         return write_weights(imported.weights, path, {key: value for key, value in text.items() if value})

@@ -208,6 +208,19 @@ def test_a_module_that_brings_the_callback_itself(tmp_path):
     assert all(torch.equal(state[name], tensor) for name, tensor in beside.average.named_tensors())
 
 
+@pytest.mark.parametrize("after_fit", ["average", "live"])
+def test_another_callback_in_a_new_trainer_goes_on_from_what_the_module_holds(after_fit, tmp_path):
+    module, first, start = seeded(), ema(after_fit=after_fit), Start()
+    fit(module, first)
+    left = clones(module.state_dict())
+    second = ema(decay=0.5)
+    files = ModelCheckpoint(tmp_path)
+    fit(module, second, start, files, enable_checkpointing=True)
+    assert equal(start.start, left)
+    saved = torch.load(files.best_model_path, weights_only=True)["state_dict"]
+    assert equal(clones(second.average.named_tensors()), {n: saved[n] for n, _ in second.average.named_tensors()})
+
+
 def test_a_follower_that_comes_later_starts_from_the_live_weights():
     callback, module = ema(), seeded()
     fit(module, callback)

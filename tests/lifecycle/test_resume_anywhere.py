@@ -41,6 +41,7 @@ from lightning_ema import (
     InversePower,
     Power,
     Scaled,
+    SwitchEMA,
     Then,
 )
 
@@ -139,15 +140,19 @@ SETTINGS = {
     "copied buffers": ({"buffers": "copy"}, {}),
     "several": ({"decay": [0.9, Equal()]}, {}),
     "corrected": ({"decay": Bema()}, {}),
-    "switched each epoch": ({"switch_every": "epoch"}, {}),
-    "switched at steps": ({"switch_every": 3}, {}),
-    "switched, only followed": ({"switch_every": 9, "evaluate": "live"}, {}),
+    "switched each epoch": ({}, {}),
+    "switched at steps": ({}, {}),
+    "switched, only followed": ({"evaluate": "live"}, {}),
     **{f"{type(s).__name__} decay": ({"decay": s}, {}) for s in SCHEDULES},
 }
 
 
+SWITCHES = {"switched each epoch": "epoch", "switched at steps": 3, "switched, only followed": 9}
+
+
 def ours(setting):
-    return EMACallback(**{"decay": 0.9, **SETTINGS[setting][0]})
+    switches = [SwitchEMA(every=SWITCHES[setting])] if setting in SWITCHES else []
+    return [EMACallback(**{"decay": 0.9, **SETTINGS[setting][0]}), *switches]
 
 
 def same_file(first, second):
@@ -171,7 +176,7 @@ def uninterrupted(tmp_path_factory):
         folder = tmp_path_factory.mktemp("whole")
         savers = {point: Saves(POINTS[point][0], folder / f"{point}.ckpt", POINTS[point][1]) for point in points}
         callbacks = [*savers.values()]
-        callbacks.insert(0 if place == "after ours" else len(callbacks), ours(setting))
+        callbacks = [*ours(setting), *callbacks] if place == "after ours" else [*callbacks, *ours(setting)]
         epochs = 2 if at == "end of training" else EPOCHS
         end = run(seeded(), callbacks, epochs=epochs, **POINTS[at][2], **SETTINGS[setting][1])
         assert all(saver.count >= saver.at for saver in savers.values())
@@ -201,7 +206,7 @@ def test_automatic_optimization(point, setting, uninterrupted):
     if point == "end of training":
         whole, _ = uninterrupted(setting, "before ours", "mid epoch")
     for file in files:
-        again = run(seeded(), [ours(setting)], ckpt_path=file, **POINTS[point][2], **SETTINGS[setting][1])
+        again = run(seeded(), ours(setting), ckpt_path=file, **POINTS[point][2], **SETTINGS[setting][1])
         assert_same_end(whole, again)
 
 
@@ -331,27 +336,30 @@ class TestTheFile:
         assert ("net.1.running_mean" in dict(callback.average.named_tensors())) == (now == "average")
 
     @pytest.mark.filterwarnings("ignore")
-    @pytest.mark.parametrize("damage", ["format", "missing counter", "missing tensor", "misshapen", "unknown tensor"])
-    def test_a_damaged_or_foreign_entry_is_refused_before_anything_is_trained(self, damage, tmp_path):
+    @pytest.mark.parametrize(
+        ("damage", "message"),
+        [
+            (lambda entry: entry.update(format=7), "format 7; this version"),
+            (lambda entry: entry.update(format=1), "format 1, which versions before the first release wrote"),
+            (lambda entry: entry.pop("num_updates"), r"\n  num_updates is missing; accepted is"),
+            (
+                lambda entry: entry["names"].remove("net.0.weight"),
+                "does not fit Regression:\n  net.0.weight: not in the state\n.*Build the module as it was",
+            ),
+            (
+                lambda entry: entry["live"].update({"net.0.weight": torch.zeros(1)}),
+                r"does not fit Regression:\n  net.0.weight: shape \(1,\) in the state, \(8, 4\) in the module",
+            ),
+            (
+                lambda entry: entry["names"].append("other.weight"),
+                r"does not fit Regression:\n  other.weight: not in the state\n  other.weight: not in the module",
+            ),
+        ],
+        ids=["newer", "older", "missing counter", "missing tensor", "misshapen", "unknown tensor"],
+    )
+    def test_a_damaged_or_foreign_entry_is_refused_before_anything_is_trained(self, damage, message, tmp_path):
         file, key = self.written(tmp_path)
-        entry, live = file["callbacks"][key], file["callbacks"][key]["live"]
-        message = {
-            "format": "format 7; this version",
-            "missing counter": "num_updates missing",
-            "missing tensor": "net.0.weight: not in the state",
-            "misshapen": r"net.0.weight: shape \(1,\) in the checkpoint, \(8, 4\) in the module",
-            "unknown tensor": "other.weight: not in the module",
-        }[damage]
-        if damage == "format":
-            entry["format"] = 7
-        elif damage == "missing counter":
-            del entry["num_updates"]
-        elif damage == "missing tensor":
-            entry["names"].remove("net.0.weight")
-        elif damage == "misshapen":
-            live["net.0.weight"] = torch.zeros(1)
-        else:
-            entry["names"].append("other.weight")
+        damage(file["callbacks"][key])
         torch.save(file, tmp_path / "y.ckpt")
         callback = ema()
         with pytest.raises(ValueError, match=message):

@@ -150,7 +150,7 @@ def test_a_swap_of_another_average_waits_for_it(offloaded, monkeypatch):
     with torch.no_grad():
         network.weight.fill_(1.0)
     average.step()
-    thread = average._tracker.tensors._updates._offload._thread
+    thread = average._tracker.tensors._updater._offload._thread
     join = thread.join
     thread.join = lambda: (gate.open.set(), join())
     with other.swapped():

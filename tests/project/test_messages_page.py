@@ -7,7 +7,7 @@ import house
 import message_page
 import pytest
 
-SAYS = {"warn", "warning", "rank_zero_warn", "rank_zero_info", "_warn", "_say"}
+SAYS = {"warn", "warning", "rank_zero_warn", "rank_zero_info", "say"}
 
 
 def plain(text):
@@ -75,14 +75,16 @@ class Settings:
         problems += [f"{name}: not in the module" for name in kind]
         if problems:
             raise ValueError(f"{type(self).__name__} does not fit:\n  " + "\n  ".join(problems) + "\nTake another.")
+        if kind is None:
+            raise broken([f"it is {kind}; no kind is so"])
         raise RuntimeError(f"not beside {kind}: {WHY[kind]}.")
     def tell(self, steps):
-        self._warn(f"odd steps, {', '.join(map(repr, steps)) or 'none'}.")
-        self._say("goes on late." if steps else "goes on early.")
+        self.warn(f"odd steps, {', '.join(map(repr, steps)) or 'none'}.")
+        self.say("goes on late." if steps else "goes on early.")
         if why := reason(steps, "never seen before"):
-            self._say(why)
+            self.say(why)
         raise ValueError(f"One: {count(steps)}")
-    def _say(self, text):
+    def say(self, text):
         rank_zero_info(f"Settings {self.name}: {text}")
 def log(path, late):
     _log.warning("%s: it is %d steps late", path, late)
@@ -98,6 +100,8 @@ def reason(steps: int, when: str) -> str | None:
     return f"There is {how} at `{steps}`, {when}."
 def count(steps: int) -> str:
     return f"{steps} of them"
+def broken(lines: list[str]) -> ValueError:
+    return ValueError("it is broken:\\n  " + "\\n  ".join(lines) + "\\nTake another.")
 def silent(steps: int) -> str:
     return "Nobody says this sentence."
 ''',
@@ -114,6 +118,9 @@ EXPECTED = """## ops/one.py
   `(<name>: not in the file | <name>: not in the module)`<br>
   `…`<br>
   `Take another.`<br>
+  ValueError · `Settings.check`
+
+- `it is <kind>; no kind is so`<br>
   ValueError · `Settings.check`
 
 - `not beside <kind>: (it is old, and slow | it is new, and slow).`<br>
@@ -135,6 +142,12 @@ EXPECTED = """## ops/one.py
 
 - ``There is (an odd way | <steps> odd ways) at `<steps>`, never seen before.``<br>
   log line · `reason`. Said where `Steps` are odd.
+
+- `it is broken:`<br>
+  `<lines>`<br>
+  `…`<br>
+  `Take another.`<br>
+  ValueError · `broken`
 """
 
 
