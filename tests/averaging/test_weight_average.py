@@ -126,7 +126,7 @@ class TestPrecision:
         assert value(average) == pytest.approx(1 - 0.9999**2000, rel=1e-3)  # 0.181; in bfloat16 it stays at 0.0003
         assert dict(average.named_tensors())["a"].dtype == torch.float32
 
-    def test_loans_and_deliveries_never_round_the_average(self):
+    def test_swaps_and_applying_never_round_the_average(self):
         net = Numbers(a=0).bfloat16()
         average = WeightAverage(net, Constant(0.5))
         for live in (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0):
@@ -283,7 +283,7 @@ class TestAModuleThatChanges:
         assert averages.keys() == before.keys()
         assert all(torch.allclose(averages[name], start + 0.5) for name, start in before.items())
 
-    def test_a_layer_replaced_after_a_look_that_no_step_followed_is_lent_and_kept(self):
+    def test_a_layer_replaced_after_a_look_that_no_step_followed_is_carried_and_kept(self):
         net = nn.Sequential(nn.Linear(1, 1, bias=False))
         average = WeightAverage(net, Constant(0.5))
         initial = net[0].weight.detach().clone()

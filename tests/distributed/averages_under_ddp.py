@@ -45,7 +45,7 @@ def fit(*callbacks, ckpt_path=None, epochs=2):
 
 
 def averaging():
-    return EMACallback([Constant(0.9), Constant(0.5)], evaluate="both", others="evaluate")
+    return EMACallback([Constant(0.9), Constant(0.5)], evaluate="all")
 
 
 def main(folder):
@@ -68,7 +68,7 @@ def main(folder):
         "resumed": [
             equal(a.named_tensors(), b.named_tensors()) for a, b in zip(whole.averages, again.averages, strict=True)
         ],
-        "delivered": equal(module.state_dict(), callback.average.named_tensors()),
+        "applied": equal(module.state_dict(), callback.average.named_tensors()),
     }
     torch.save([by_hand.averages[0], by_hand.live, by_hand.averages[1]], Path(folder) / f"{this.global_rank}.pt")
     (Path(folder) / f"{this.global_rank}.json").write_text(json.dumps(seen))

@@ -21,7 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from lightning_ema import Bema, Constant, EMACallback, Snapshots
+from lightning_ema import Bema, Constant, EMACallback, Select, Snapshots, SwitchEMA
 
 LIMIT = datetime.timedelta(seconds=30)  # a process that waits for another in vain says so
 
@@ -186,7 +186,7 @@ def check_averages_of_unseeded_processes(rank, processes, folder):
             difference = largest_difference(named, dict(expected.named_tensors()))
             report(folder, rank, shard=shard, decay=repr(schedule_of(average)), difference=difference)
             assert difference <= 1e-6
-    assert equal(module.state_dict(), callback.average.named_tensors())  # delivered
+    assert equal(module.state_dict(), callback.average.named_tensors())  # applied
     pairs = list(callback.average._tracker.tensors.pairs())
     assert sum(pair.averages[0].numel() for pair in pairs) in (24, 25)  # of 49
     assert all(pair.averages[0].numel() < 32 for pair in pairs)
@@ -311,7 +311,7 @@ def check_files(rank, processes, folder):
         assert first.keys() == second.keys() and first["names"] == second["names"]
         for key in ("average", "live", "origin"):
             assert equal(first[key], second[key])
-        assert all(equal(a, b) for a, b in zip(first["others"], second["others"], strict=True))
+        assert all(equal(a, b) for a, b in zip(first["further"], second["further"], strict=True))
         assert {k: first[k] for k in first if k.startswith(("num", "bias", "decay"))} == {
             k: second[k] for k in second if k.startswith(("num", "bias", "decay"))
         }
@@ -387,12 +387,12 @@ def check_a_file_of_weight_averaging(rank, processes, folder):
 
 def check_evaluations_afterwards(rank, processes, folder):
     """In the trainer that fitted, in others with as many processes, and in one process alone."""
-    callback, module = averaging(shard=True, evaluate="both", others="evaluate"), Net()
-    plain, same = averaging(evaluate="both", others="evaluate"), Net()
+    callback, module = averaging(shard=True, evaluate="all"), Net()
+    plain, same = averaging(evaluate="all"), Net()
     this, other = fit(module, callback), fit(same, plain)
     assert {"val_loss", "val_loss_live", "val_loss/ema_Constant_0.8"} <= this.callback_metrics.keys()
     assert this.callback_metrics == other.callback_metrics
-    delivered = clones(module.state_dict())
+    applied = clones(module.state_dict())
     for trainers in (
         (this, other),
         (trainer(callback, strategy=ddp(), devices=2), trainer(plain, strategy=ddp(), devices=2)),
@@ -401,7 +401,7 @@ def check_evaluations_afterwards(rank, processes, folder):
             t.validate(m, loader(2, 4), verbose=False) for t, m in zip(trainers, (module, same), strict=True)
         )
         assert shared == whole and len(shared[0]) == 3
-        assert equal(module.state_dict(), delivered) and alike_everywhere(delivered)
+        assert equal(module.state_dict(), applied) and alike_everywhere(applied)
     this.test(module, loader(2, 4), verbose=False)
     this.predict(module, loader(2, 4))
     if rank == 0:  # the others do not take part
@@ -423,11 +423,11 @@ def check_evaluations_afterwards(rank, processes, folder):
 def check_one_average_evaluated_by_one_process(rank, processes, folder):
     callback, module = averaging(Constant(0.5), shard=True), Net()
     fit(module, callback)
-    delivered = clones(module.state_dict())
+    applied = clones(module.state_dict())
     if rank == 0:
         trainer(callback, devices=1).validate(module, loader(1), verbose=False)
         trainer(callback, devices=1).predict(module, loader(1))
-        assert equal(module.state_dict(), delivered)
+        assert equal(module.state_dict(), applied)
     dist.barrier()
     callback, module = averaging(Constant(0.5), shard=True, after_fit="live"), Net()
     fit(module, callback)
@@ -479,9 +479,9 @@ def check_switching_and_snapshots(rank, processes, folder):
     states = []
     for shard in (False, True):
         directory = Path(folder) / f"snapshots-{shard}"
-        callback = averaging(shard=shard, switch_every=2, snapshots=Snapshots(directory, every_n_steps=2))
+        callback = averaging(shard=shard, snapshots=Snapshots(directory, every_n_steps=2))
         module = Net()
-        fit(module, callback)
+        fit(module, callback, SwitchEMA(every=2))
         states.append(clones(module.state_dict()))
         assert alike_everywhere(parameters_of(callback.average))
     assert equal(*states)
@@ -520,19 +520,19 @@ class Scored(Net):
             self.log("first", loss, rank_zero_only=True)
 
 
-def check_a_choice_is_that_of_the_first_process(rank, processes, folder):
-    def chosen(select, mode):
-        callback = averaging([Constant(0.2), Constant(0.95)], select=select, mode=mode)
+def check_a_selection_is_that_of_the_first_process(rank, processes, folder):
+    def selected(metric, mode):
+        callback = averaging([Constant(0.2), Constant(0.95)], evaluate=Select(metric, mode=mode))
         module = Scored(norm=False)
         fit(module, callback, num_sanity_val_steps=0)
         assert equal(module.state_dict(), callback.selected.named_tensors())
         return callback.averages.index(callback.selected)
 
     for metric in ("own", "first"):
-        smallest, largest = of_all(chosen(metric, "min")), of_all(chosen(metric, "max"))
+        smallest, largest = of_all(selected(metric, "min")), of_all(selected(metric, "max"))
         assert (smallest, largest) == ([0, 0], [1, 1])  # the slow average still is near the random weights
-    with pytest.raises(ValueError, match=r"select='none': the module logs no such metric .* It logs first, own"):
-        chosen("none", "min")
+    with pytest.raises(ValueError, match=r"Select\('none'\): the module logs no such metric .* It logs first, own"):
+        selected("none", "min")
 
 
 def check_nonfinite_statistics_in_one_process(rank, processes, folder):

@@ -208,7 +208,7 @@ def a_parameter_unfrozen_later_joins_with_its_value():
 
 
 @check(2)
-def forward_passes_before_and_inside_a_loan_see_what_they_should():
+def forward_passes_before_and_inside_a_swap_see_what_they_should():
     module = sharded()
     average = WeightAverage(module, Constant(0.9))
     train(module, average)
@@ -224,7 +224,7 @@ def forward_passes_before_and_inside_a_loan_see_what_they_should():
 
 
 @check(2)
-def training_is_the_same_with_and_without_loans():
+def training_is_the_same_with_and_without_swaps():
     for arguments in ({}, {"reshard_after_forward": False}):
         plain, beside = sharded(**arguments), sharded(**arguments)
         train(plain)
@@ -261,7 +261,7 @@ def a_write_during_the_swap_is_refused_by_name_and_the_live_weights_are_back():
 
 
 @check(2)
-def a_suspended_loan_shows_the_live_weights_and_goes_on():
+def a_paused_swap_shows_the_live_weights_and_goes_on():
     module = sharded()
     average = WeightAverage(module, [Constant(0.9), Constant(0.5)])
     train(module, average)
@@ -359,7 +359,7 @@ def a_state_goes_on_where_it_was_taken():
     plain = {
         **state,
         "average": whole_of(state["average"]),
-        "others": [whole_of(other) for other in state["others"]],
+        "further": [whole_of(other) for other in state["further"]],
         "origin": whole_of(state["origin"]),
     }
     for given in (state, plain):
@@ -510,7 +510,7 @@ def like_one_process(module, part):
     again = WeightAverage(module, settings["decay"])
     again.load_state_dict(state)
     same(again.named_tensors(), average.named_tensors())
-    whole_state = {**state, "average": whole_of(state["average"]), "others": [whole_of(o) for o in state["others"]]}
+    whole_state = {**state, "average": whole_of(state["average"]), "further": [whole_of(o) for o in state["further"]]}
     again.load_state_dict(whole_state)
     same(again.named_tensors(), average.named_tensors())
     return average

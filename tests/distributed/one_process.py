@@ -16,9 +16,9 @@ def alone(module=None, callbacks=None, **kwargs):
     return this
 
 
-def averages_alone(make=Sharded, settings=None, **kwargs):
+def averages_alone(make=Sharded, settings=None, beside=(), **kwargs):
     """Averages and live weights of such a run."""
     callback = averaging(**(settings or {}))
-    alone(make(), [callback], **kwargs)
+    alone(make(), [callback, *beside], **kwargs)
     averages = [dict(average.named_tensors()) for average in callback.averages]
     return *averages, dict(engine(callback.average).named_live())

@@ -32,7 +32,17 @@ from sharded_run import Look, rank_zero
 from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from lightning_ema import Bema, Constant, MeanTeacherConfig, MeanTeacherMixin, Power, Snapshots, export_average
+from lightning_ema import (
+    Bema,
+    Constant,
+    MeanTeacherConfig,
+    MeanTeacherMixin,
+    Power,
+    Recalibrate,
+    Snapshots,
+    SwitchEMA,
+    export_average,
+)
 from lightning_ema.distributed.base import local
 from lightning_ema.distributed.dtensor import DTensor
 
@@ -77,7 +87,7 @@ RUNS = {
     "manual": (Manual, {}, {}),
     "accumulated": (Sharded, {}, {"accumulate_grad_batches": 2}),
     "clipped": (Sharded, {}, {"gradient_clip_val": 0.05}),
-    "switched": (Sharded, {"switch_every": 3}, {}),
+    "switched": (Sharded, {}, {"beside": [SwitchEMA(every=3)]}),
     "unfrozen": (Unfreezing, {}, {}),
 }
 
@@ -85,8 +95,9 @@ RUNS = {
 @check
 def runs(root):
     for name, (make, settings, arguments) in RUNS.items():
-        callback = averaging(**settings)
-        this = fit(make(), callback, **arguments)
+        callback, beside = averaging(**settings), arguments.get("beside", [])
+        rest = {name: value for name, value in arguments.items() if name != "beside"}
+        this = fit(make(), callback, *beside, **rest)
         sets = (
             *(whole_of(average.named_tensors()) for average in callback.averages),
             whole_of(engine(callback.average).named_live()),
@@ -214,21 +225,21 @@ class Normed(Sharded):
 
 @check
 def recalibrated_statistics_leave_the_training_alone(root):
-    plain, module, callback = Normed(), Normed(), averaging(buffers="recalibrate", recalibrate_batches=4)
+    plain, module, callback = Normed(), Normed(), averaging(buffers=Recalibrate(4))
     fit(plain)
     this = fit(module, callback)
     same(dict(plain.named_parameters()), engine(callback.average).named_live())
     assert not torch.equal(module.net[1].running_mean, plain.net[1].running_mean)
     assert module.net[1].num_batches_tracked == 4 and plain.net[1].num_batches_tracked == 12
     this.save_checkpoint(root / "normed.ckpt")
-    entire, again = (averaging(buffers="recalibrate", recalibrate_batches=4) for _ in range(2))
+    entire, again = (averaging(buffers=Recalibrate(4)) for _ in range(2))
     fit(Normed(), entire, epochs=3)
     fit(Normed(), again, epochs=3, ckpt_path=root / "normed.ckpt")
     same(entire.average.named_tensors(), again.average.named_tensors())
 
 
 @check
-def statistics_are_lent_and_saved_as_the_mean_of_all_processes(root):
+def statistics_are_carried_and_saved_as_the_mean_of_all_processes(root):
     for folders in (True, False):
         module, callback = Normed(), averaging()
         this = fit(module, callback, folders=folders)

@@ -104,7 +104,7 @@ def a_run_is_that_of_one_process_and_resumes(folder, folders):
 
 @check
 def several_averages_and_the_live_weights_are_scored_each(folder, folders):
-    callback = averaging(decay=[Constant(0.9), Constant(0.5)], evaluate="both", others="evaluate")
+    callback = averaging(decay=[Constant(0.9), Constant(0.5)], evaluate="all")
     by_hand = ByHand(0.9, 0.5)
     this = fit(Sharded(), callback, by_hand, folders=folders)
     for average, expected in zip(callback.averages, by_hand.averages, strict=True):

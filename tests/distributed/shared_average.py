@@ -373,7 +373,7 @@ def check_nonfinite_is_agreed(rank, processes, folder):
     kept = clones(skipping.named_tensors())
     if rank == processes - 1:
         module.norm.running_mean.fill_(float("nan"))
-    assert not skipping.step() and (skipping.num_updates, skipping.num_skipped) == (1, 1)
+    assert not skipping.step() and (skipping.num_updates, engine(skipping).num_skipped) == (1, 1)
     with pytest.raises(FloatingPointError, match="not finite"):
         raising.step()
     assert equal(skipping.named_tensors(), kept)
@@ -388,14 +388,14 @@ def check_state(rank, processes, folder):
     for decay in (Constant(0.9), [Constant(0.9), Bema(kappa=0.5)]):
         module, whole, shared = followed(Layers, processes, decay)
         expected, state = whole.state_dict(), shared.state_dict()
-        tensors = [state["average"], state["origin"], *state["others"]]
+        tensors = [state["average"], state["origin"], *state["further"]]
         if rank > 0:
             assert not any(tensors)
         else:
             assert equal(state["average"], expected["average"]) and equal(state["origin"], expected["origin"])
-            assert all(equal(a, b) for a, b in zip(state["others"], expected["others"], strict=True))
+            assert all(equal(a, b) for a, b in zip(state["further"], expected["further"], strict=True))
             torch.save(state, Path(folder) / f"shared-{processes}.pt")
-        rest = set(state) - {"average", "origin", "others"}
+        rest = set(state) - {"average", "origin", "further"}
         assert all(state[key] == expected[key] for key in rest)
         # a whole state, from one process or from others, is cut anew
         again = WeightAverage(module, decay, shard=True)
@@ -420,7 +420,7 @@ def check_state_of_other_processes(rank, processes, folder):
         pairs = list(shared._tracker.tensors.pairs())
         for pair in pairs:
             assert torch.equal(pair.whole(pair.averages[0]), state["average"][pair.name])
-            assert torch.equal(pair.whole(pair.averages[1]), state["others"][0][pair.name])
+            assert torch.equal(pair.whole(pair.averages[1]), state["further"][0][pair.name])
         bad = {**state, "average": {n: t for n, t in state["average"].items() if n != "scale"}}
         with pytest.raises(ValueError, match="scale: not in the state"):
             shared.load_state_dict(bad)

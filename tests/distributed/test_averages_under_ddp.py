@@ -21,7 +21,7 @@ def test_averages_are_those_of_the_live_weights_and_the_same_in_each_process(see
     for rank in seen:
         assert rank["processes"] == 2
         assert rank["by hand"] == [True, True]
-        assert rank["delivered"]
+        assert rank["applied"]
     assert seen[0]["weights"] == seen[1]["weights"]
 
 

@@ -79,7 +79,7 @@ def test_a_graph_holds_an_update(dtype):
 
 @pytest.mark.parametrize("settings", [{}, {"overlap": True}, {"device": "cpu"}], ids=["here", "overlap", "host memory"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "16-mixed"])
-def test_a_run_on_the_gpu_lends_and_returns(tmp_path, settings, precision):
+def test_a_run_on_the_gpu_swaps_in_and_out(tmp_path, settings, precision):
     from helpers import Regression, fit
 
     class Watching(Regression):
