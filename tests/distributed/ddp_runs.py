@@ -408,12 +408,12 @@ def check_evaluations_afterwards(rank, processes, folder):
         alone = trainer(devices=1)
         (result,) = alone.validate(module, loader(1), verbose=False)
         assert result["val_loss"] == pytest.approx(shared[0]["val_loss"], abs=1e-6)
-        with pytest.raises(RuntimeError, match="shared among 2 processes"):  # the further averages lie in parts
+        with pytest.raises(RuntimeError, match="partitioned among 2 processes"):  # the further averages lie in parts
             trainer(callback, devices=1).validate(module, loader(1), verbose=False)
         alone = trainer(callback, devices=1)
         alone.strategy.connect(module)
         module.trainer = alone
-        with pytest.raises(RuntimeError, match="shared among 2 processes"):
+        with pytest.raises(RuntimeError, match="partitioned among 2 processes"):
             alone.save_checkpoint(Path(folder) / "y.ckpt")
         (result,) = trainer(plain, devices=1).validate(same, loader(1), verbose=False)
         assert result.keys() == shared[0].keys()
@@ -433,11 +433,11 @@ def check_one_average_evaluated_by_one_process(rank, processes, folder):
     fit(module, callback)
     live = clones(module.state_dict())
     if rank == 0:
-        with pytest.raises(RuntimeError, match=r"shared among 2 processes \(shard=True\), but this trainer has 1"):
+        with pytest.raises(RuntimeError, match=r"partitioned among 2 processes \(shard=True\), but this trainer has 1"):
             trainer(callback, devices=1).validate(module, loader(1), verbose=False)
         assert equal(module.state_dict(), live)
     dist.barrier()
-    with pytest.raises(RuntimeError, match=r"shared among 2 processes \(shard=True\), but this trainer has 1"):
+    with pytest.raises(RuntimeError, match=r"partitioned among 2 processes \(shard=True\), but this trainer has 1"):
         fit(module, callback, devices=1)
 
 
@@ -574,7 +574,7 @@ def check_an_exception_in_all_processes(rank, processes, folder):
             fit(module, callback, by_hand, Saves(path))
         assert equal(floats_of(module), of_all(floats_of(module))[rank]) and not engine(callback.average).weights.held
         if shard:
-            assert "shared among processes" in str(caught.value) and not path.exists()
+            assert "partitioned among processes" in str(caught.value) and not path.exists()
         else:
             assert "a bug" in str(caught.value)
             saved = torch.load(path, weights_only=True)

@@ -100,7 +100,7 @@ def mirrored(module, **settings):
 
 def give(twin, module):
     """Writes the weights of a sharded module into a plain one."""
-    live = whole_of(WeightAverage(module, 0.5, include_frozen=True).named_live())
+    live = whole_of(engine(WeightAverage(module, 0.5, include_frozen=True)).named_live())
     with torch.no_grad():
         for name, tensor in twin.state_dict(keep_vars=True).items():
             tensor.copy_(live[name])
@@ -201,7 +201,7 @@ def a_parameter_unfrozen_later_joins_with_its_value():
     train(module, average, after=follow)
     assert "net.0.weight" not in dict(average.named_tensors())
     module.net[0].requires_grad_(True)
-    mirror.module.net[0].requires_grad_(True)
+    engine(mirror).module.net[0].requires_grad_(True)
     train(module, average, after=follow)
     assert "net.0.weight" in dict(average.named_tensors())
     same(average.named_tensors(), mirror.named_tensors(), 3e-7)
@@ -373,7 +373,7 @@ def a_state_goes_on_where_it_was_taken():
             same(one.named_tensors(), other.named_tensors())
         assert of_again.num_updates == average.num_updates
         bad = {**given, "average": {**given["average"], "scale": torch.ones(2)}}
-        with pytest.raises(ValueError, match=r"scale: shape \(2,\) in the state, \(1,\) in the module"):
+        with pytest.raises(ValueError, match=r"scale.*shape \(2,\)"):
             of_again.load_state_dict(bad)
 
 

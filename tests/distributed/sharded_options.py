@@ -282,8 +282,8 @@ def bf16_weights_keep_a_float32_average_through_both_formats(root):
 
 @check
 def snapshots_hold_whole_tensors(root):
-    callback = averaging(decay=[Power(sigma_rel=0.05), Power(sigma_rel=0.1)])
-    callback.snapshots = Snapshots(root / "snapshots", every_n_steps=5)
+    snapshots = Snapshots(root / "snapshots", every_n_steps=5)
+    callback = averaging(decay=[Power(sigma_rel=0.05), Power(sigma_rel=0.1)], snapshots=snapshots)
     with Gathered() as gathered:
         this = fit(Large(), callback)
     if this.is_global_zero:

@@ -40,7 +40,7 @@ def test_a_save_after_an_exception_needs_all_parts_and_is_refused(scenario, fold
     assert not (folder / f"{scenario}.ckpt").exists()
     for rank in range(2):
         said = (folder / f"{scenario}-{rank}.txt").read_text()
-        assert ("average is shared among processes" in said) == (not fails.kill or rank != fails.rank)
+        assert ("average is partitioned among processes" in said) == (not fails.kill or rank != fails.rank)
 
 
 def test_a_whole_average_is_saved_by_the_first_process_alone(resumed):
