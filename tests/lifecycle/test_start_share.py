@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import BATCHES, clones, ema, engine, equal, fit, seeded
+from helpers import BATCHES, clones, ema, engine, equal, fit, resumes_at_the_last_batch, seeded
 from lightning.pytorch import Callback
 
 from lightning_ema import Constant, Cosine, EMACallback
@@ -85,6 +85,7 @@ def test_a_resume_with_another_length_moves_a_start_that_is_yet_to_come(saved_at
     assert this.current_epoch == 4
 
 
+@resumes_at_the_last_batch
 @pytest.mark.parametrize("saved_at", [6, 12])
 def test_a_resumed_run_ends_where_the_whole_one_does(saved_at, tmp_path):
     whole, again = ema(start_epoch=0.75), ema(start_epoch=0.75)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import BATCHES, Regression, clones, engine, equal, fit, loader, seeded
+from helpers import BATCHES, Regression, clones, engine, equal, fit, loader, resumes_at_the_last_batch, seeded
 from lightning.pytorch import Callback
 from torch import nn
 
@@ -221,6 +221,7 @@ class Saves(Callback):
             trainer.save_checkpoint(self.path)
 
 
+@resumes_at_the_last_batch
 @either_order
 @pytest.mark.parametrize("place", ["first", "last"])
 @pytest.mark.parametrize(("every", "saved_at"), [("epoch", BATCHES), (4, BATCHES), (4, 2 * BATCHES), (3, BATCHES)])
