@@ -29,7 +29,7 @@ def check_beside(trainer: Trainer, evaluating: Sequence[CallbackSettings], shard
     strategies.check_strategy(trainer)
     if shard:
         strategies.check_shard(trainer)
-    facts.check_callbacks(trainer)
+    facts.check_callbacks(trainer, evaluated=bool(evaluating))
     for place, settings in enumerate(evaluating):
         for other in evaluating[:place]:
             if _patterns(settings) == _patterns(other):

@@ -47,6 +47,7 @@ class Evaluations:
         tracker = holder.of(pl_module)
         if tracker is not None and tracker.holds.wants_average:
             holder.check_processes(trainer)
+            holder.notice_not_finite()
             tracker.holds.swap_in(tracker.holds.selected, batches=holder.batches(trainer))
 
     def again(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_ema.averaging.not_finite import not_finite, said_of
 from lightning_ema.averaging.tensor_set import Batches, Estimate
 from lightning_ema.averaging.tracker import Tracker
 from lightning_ema.averaging.weight_average import WeightAverage, tracker_of
@@ -47,7 +48,7 @@ class Holder:
         self.stepped = False
         self.before_forget: Callable[[], None] | None = None
         self._plan = Plan()
-        self._said_skips = False
+        self._said_skips = self._said_not_finite = False
 
     # --- there and gone -----------------------------------------------------------------------------------------------
 
@@ -92,7 +93,7 @@ class Holder:
             self.tracker.weights.drop(self.tracker.holds)
         self.average = self.tracker = None
         self.clock.resume()
-        self._said_skips = False
+        self._said_skips = self._said_not_finite = False
 
     def of(self, pl_module: LightningModule) -> Tracker | None:
         """The engine, where there is one of this very module."""
@@ -180,6 +181,13 @@ class Holder:
                 f"the live weights are not finite at step {tracker.num_steps}; this update is left out, and so will be "
                 "all further ones like it. The report after fit counts them."
             )
+
+    def notice_not_finite(self) -> None:
+        """Warns, once, of an average that is not finite. Reads all of it, which an update by default does not."""
+        tracker = self.require()
+        if not self._said_not_finite and (names := not_finite(tracker)):
+            self._said_not_finite = True
+            self.warn(said_of(names, tracker.num_steps, "EMACallback(on_nonfinite='skip')"))
 
     def update_without_others(self) -> None:
         """The same after an exception, where that waits for no other process.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_ema.averaging.settings import label
@@ -14,11 +16,13 @@ from lightning_ema.trainer import facts
 def log(holder: Holder, passes: Passes, pl_module: LightningModule) -> None:
     """Logs updates, and decay and distance of each average."""
     tracker, name = holder.require(), holder.settings.name
-    pl_module.log(f"{name}/updates", float(tracker.num_updates), on_step=True, on_epoch=False)
+    pl_module.log(f"{name}/updates", float(tracker.num_updates), on_step=True, on_epoch=False, batch_size=1)
     for place in range(len(tracker.schedules)):
         prefix = name if place == 0 else passes.label(tracker, place)
         values = {f"{prefix}/decay": tracker.decay(place), f"{prefix}/distance": tracker.distance(place)}
-        pl_module.log_dict(values, on_step=True, on_epoch=False)
+        pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
+        if math.isnan(values[f"{prefix}/distance"]):
+            holder.notice_not_finite()
 
 
 def say_at_end(holder: Holder, passes: Passes, trainer: Trainer) -> None:

@@ -194,6 +194,7 @@ def _log(pl_module: LightningModule, name: str, result: Result) -> None:
         sync_dist_group=result.group,
         add_dataloader_idx=bool(_ending(result)),
         rank_zero_only=result.rank_zero_only,
+        batch_size=1,  # not looked for in a batch, which a step with dataloader_iter does not have
     )
 
 

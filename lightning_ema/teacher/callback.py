@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_ema.averaging.module_weights import ModuleWeights
+from lightning_ema.averaging.not_finite import not_finite, said_of
 from lightning_ema.averaging.report import facts_of, report
 from lightning_ema.averaging.state_dict import gather, resume
 from lightning_ema.averaging.tracker import Tracker
@@ -29,6 +31,7 @@ from lightning_ema.trainer import facts, run_length, strategies
 from lightning_ema.trainer.clock import Clock
 
 _NOT_STARTED = sys.maxsize
+_SKIP = "MeanTeacherConfig(on_nonfinite='skip')"
 
 
 @facts.known_to_pytorch_lightning
@@ -47,6 +50,7 @@ class TeacherCallback(Callback):
         self._module: LightningModule | None = None
         self._teacher = nn.Module()
         self._watched = Watched(self._teacher)
+        self._said_not_finite = False
         self.known = False
         """Whether a trainer had this callback at some time. A tuner sets all callbacks aside for a while."""
 
@@ -128,7 +132,13 @@ class TeacherCallback(Callback):
         if self.follow() and facts.logs_this_step(trainer):
             tracker = self._require()
             values = {"mean_teacher/decay": tracker.decay(0), "mean_teacher/distance": tracker.distance(0)}
-            pl_module.log_dict(values, on_step=True, on_epoch=False)
+            pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
+            if math.isnan(values["mean_teacher/distance"]):
+                self._notice_not_finite()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if facts.is_fitting(trainer):
+            self._notice_not_finite()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.follow()
@@ -239,6 +249,12 @@ class TeacherCallback(Callback):
             self._clock.resume(loaded.steps_before, loaded.pace)
         resume(tracker, state, Survey(self._teacher).tensors)
 
+    def _notice_not_finite(self) -> None:
+        tracker = self._require()
+        if not self._said_not_finite and (names := not_finite(tracker)):
+            self._said_not_finite = True
+            rank_zero_warn(f"MeanTeacher: {said_of(names, tracker.num_steps, argument=_SKIP)}")
+
     def _report(self, tracker: Tracker) -> None:
         if tracker.num_updates > 0:
             rank_zero_info(f"MeanTeacher: {report(facts_of(tracker, 0))}")
@@ -298,4 +314,5 @@ def _average(student: nn.Module, teacher: nn.Module, config: MeanTeacherConfig) 
         start_step=_NOT_STARTED,
         buffers="average" if config.buffers == "average" else "copy",
         into=teacher,
+        on_nonfinite=config.on_nonfinite,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from lightning_ema.averaging.settings import Settings, as_schedules
+from lightning_ema.averaging.settings import OnNonfinite, Settings, as_schedules
 from lightning_ema.checks import check_count, check_one_of, check_weight
 from lightning_ema.schedules.base import PerUpdate, Schedule
 from lightning_ema.schedules.composed import Then
@@ -39,6 +39,8 @@ class MeanTeacherConfig:
         consistency_weight: of the unsupervised loss, at the end of its ramp.
         ramp_up_steps: over how many steps after the burn-in the weight rises; 0: it is there at once.
         ramp: how it rises: ``"sigmoid"``, ``exp(-5 (1 - x) ** 2)``; ``"linear"``; ``"cosine"``.
+        on_nonfinite: ``"skip"`` leaves out an update from a student that is NaN or infinite, ``"raise"`` raises,
+            ``"ignore"`` does not look. Looking reads all its weights once more at each update.
 
     Raises:
         ValueError, TypeError: an argument is out of range.
@@ -53,9 +55,12 @@ class MeanTeacherConfig:
     consistency_weight: float = 1.0
     ramp_up_steps: int = 0
     ramp: Ramp = "sigmoid"
+    on_nonfinite: OnNonfinite = "ignore"
 
     def __post_init__(self) -> None:
-        settings = Settings.checked(self.decay, self.every_n_steps, 0, None, (), False, "average", None, None, "ignore")
+        settings = Settings.checked(
+            self.decay, self.every_n_steps, 0, None, (), False, "average", None, None, self.on_nonfinite
+        )
         if len(settings.decays) > 1 or settings.decay.corrects:
             raise ValueError(
                 f"decay is {self.decay!r}; a teacher is one average, as it is. Write one number or Schedule."

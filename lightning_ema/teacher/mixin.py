@@ -199,7 +199,7 @@ class MeanTeacherMixin(_Base):
             for metric_name, metric in cast(nn.ModuleDict, metrics[name]).items():
                 metric = cast(Metric, metric)
                 metric.update(outputs, targets)
-                self.log(f"{name}/{metric_name}", metric)
+                self.log(f"{name}/{metric_name}", metric, batch_size=1)
 
     # --- files ------------------------------------------------------------------------------------------------------
 

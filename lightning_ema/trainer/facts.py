@@ -16,6 +16,11 @@ _CONFLICTING = {
     "ModelPruning": "its masks are buffers, and an average of masks is no mask. Prune the averaged model after fit.",
 }
 
+_CONFLICTING_WHERE_EVALUATED = {
+    "StochasticWeightAveraging": "at the end of fit it writes its own average into the module, and that would be lost "
+    "under the other. Write evaluate='live' in EMACallback, or EMACallback(Equal(), start_epoch=0.8) in its place.",
+}
+
 
 def known_to_pytorch_lightning(kind: _Kind) -> _Kind:
     """Makes a callback class one of ``pytorch_lightning`` too, where that package is older than 2.6.
@@ -35,16 +40,21 @@ def known_to_pytorch_lightning(kind: _Kind) -> _Kind:
     return kind
 
 
-def check_callbacks(trainer: Trainer) -> None:
+def check_callbacks(trainer: Trainer, evaluated: bool) -> None:
     """Refuse callbacks beside which an average would be wrong.
+
+    Args:
+        trainer: the trainer.
+        evaluated: whether evaluations are given an average, and the module after fit.
 
     Raises:
         ValueError: naming the callback and what to do instead.
     """
+    conflicting = _CONFLICTING | (_CONFLICTING_WHERE_EVALUATED if evaluated else {})
     for callback in callbacks(trainer):
         for kind in type(callback).__mro__:
-            if kind.__name__ in _CONFLICTING:
-                raise ValueError(f"EMACallback does not work beside {kind.__name__}: {_CONFLICTING[kind.__name__]}")
+            if kind.__name__ in conflicting:
+                raise ValueError(f"EMACallback does not work beside {kind.__name__}: {conflicting[kind.__name__]}")
 
 
 def is_fitting(trainer: Trainer) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any
 
 from torch.optim import Optimizer
@@ -10,14 +12,31 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.hooks import RemovableHandle
 
 
+@dataclass(eq=False, slots=True)
+class _Running:
+    """A step that began and has not ended, so far as is known: one that raised never does.
+
+    Attributes:
+        optimizer: whose step it is.
+        within: the optimizers whose steps ended within it, once for each step.
+        taken: those of them that were counted meanwhile.
+    """
+
+    optimizer: Optimizer
+    within: list[Optimizer] = field(default_factory=list)
+    taken: list[Optimizer] = field(default_factory=list)
+
+
 class StepCounter:
     """Counts steps of the optimizers that ``owns`` accepts, between :meth:`open` and :meth:`close`.
 
-    Two global hooks see every optimizer, also one used around Lightning's wrapper. A step that a GradScaler skips
-    fires none of them; a fused optimizer under a GradScaler fires them all the same and carries ``found_inf``.
+    Two global hooks see every optimizer, in every thread, also one used around Lightning's wrapper. A step that a
+    GradScaler skips fires none of them; a fused optimizer under a GradScaler fires them all the same and carries
+    ``found_inf``.
 
-    An optimizer whose ``step`` calls another one (``super().step()``, SAM, Lookahead) counts once, at the outermost
-    call.
+    A step within another one of the same parameters and the same thread (``super().step()``, SAM, Lookahead) is part
+    of it. That is known only when the outer one ends: where it raises, what ended within it stands for itself, as the
+    second try of a step that ran out of memory.
 
     Attributes:
         missed: steps of theirs that were taken outside.
@@ -27,7 +46,7 @@ class StepCounter:
         self._owns: Callable[[Optimizer], bool] | None = None
         self._handles: tuple[RemovableHandle, ...] = ()
         self._taken: dict[Optimizer, int] = {}
-        self._depth = 0
+        self._running: dict[int, list[_Running]] = {}  # by thread: steps of several threads overlap in any way
         self._open = False
         self.missed = 0
 
@@ -50,11 +69,14 @@ class StepCounter:
         self._handles = ()
         self._owns = None
         self._taken.clear()
+        self._running.clear()
         self._open = False
 
     def open(self) -> None:
         """Counts from here: a training batch begins."""
-        self._depth = 0  # an exception in a step, caught by the user, leaves its post hook out
+        if self._running:
+            self._settle()
+            self._running.clear()  # what is left there raised, in an earlier batch
         self._open = True
 
     def close(self) -> None:
@@ -63,24 +85,71 @@ class StepCounter:
 
     def take(self) -> int:
         """The steps since the last call: the most that any one optimizer took. A GAN's batch is one step."""
+        if self._running:
+            self._settle()
         if not self._taken:
             return 0
         steps = max(self._taken.values())
         self._taken.clear()
         return steps
 
+    def _settle(self) -> None:
+        """Counts what ended within steps that raised, or that have not ended yet: these then count no more."""
+        for running in list(self._running.values()):
+            for step in list(running):
+                self._count(step.within)
+                step.taken += step.within
+                step.within = []
+
+    def _count(self, optimizers: Iterable[Optimizer]) -> None:
+        for optimizer in optimizers:
+            self._taken[optimizer] = self._taken.get(optimizer, 0) + 1
+
     def _enter(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._depth += 1
+        thread = get_ident()
+        if thread not in self._running:
+            self._running[thread] = []
+        self._running[thread].append(_Running(optimizer))
 
     def _leave(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._depth = max(0, self._depth - 1)
-        if self._depth or self._owns is None or not self._owns(optimizer):
+        thread = get_ident()
+        running = self._running.get(thread, [])
+        ended, taken = [], []
+        while running:  # down to this one's begin: those above it raised
+            step = running.pop()
+            ended += step.within
+            taken += step.taken
+            if step.optimizer is optimizer:
+                break
+        if ended:
+            ended = [each for each in ended if not _share(each, optimizer)]
+        counted = taken and any(_share(each, optimizer) for each in taken)
+        if not counted and self._counts(optimizer):
+            ended.append(optimizer)
+        if running:
+            running[-1].within += ended
+            running[-1].taken += taken
             return
+        self._running.pop(thread, None)
+        self._count(ended)
+
+    def _counts(self, optimizer: Optimizer) -> bool:
+        """Whether a step of the optimizer that ends now is one of those that are asked for."""
+        if self._owns is None or not self._owns(optimizer):
+            return False
         if not self._open:
             # torch makes the state that it reads or loads by a step with a learning rate of 0
             self.missed += any(float(group.get("lr", 1)) != 0 for group in optimizer.param_groups)
-            return
+            return False
         found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None and bool(found_inf):
-            return
-        self._taken[optimizer] = self._taken.get(optimizer, 0) + 1
+        return found_inf is None or not bool(found_inf)
+
+
+def _share(first: Optimizer, second: Optimizer) -> bool:
+    """Whether two optimizers train some of the same parameters."""
+    return first is second or not {id(p) for p in _parameters(first)}.isdisjoint(id(p) for p in _parameters(second))
+
+
+def _parameters(optimizer: Optimizer) -> Iterator[Any]:
+    for group in optimizer.param_groups:
+        yield from group["params"]

@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader
 from lightning_ema.trainer.loaders import apart, parts
 from lightning_ema.trainer.rng import RandomStates
 
+_LIGHTNING_MODULE = ("lightning.pytorch.core.module", "pytorch_lightning.core.module")
+
 
 def check(pl_module: LightningModule, trainer: Trainer) -> None:
     """Refuse a module or a loader from which inputs for ``forward`` cannot be taken.
@@ -21,7 +23,7 @@ def check(pl_module: LightningModule, trainer: Trainer) -> None:
         ValueError: naming what is missing.
     """
     kind = type(pl_module)
-    if kind.forward.__module__.startswith(("lightning.", "pytorch_lightning.")):
+    if _is_lightnings(kind.forward):
         raise ValueError(
             f"buffers='recalibrate' runs {kind.__name__}.forward on training batches, and {kind.__name__} has none. "
             "Define forward(self, x), or use buffers='average'."
@@ -31,6 +33,12 @@ def check(pl_module: LightningModule, trainer: Trainer) -> None:
             f"buffers='recalibrate' needs one DataLoader for training, not {type(trainer.train_dataloader).__name__}. "
             "Use buffers='average'."
         )
+
+
+def _is_lightnings(forward: Any) -> bool:
+    """Whether it is the ``forward`` that every LightningModule inherits, which hands on to torch's refusal."""
+    name, where = getattr(forward, "__qualname__", ""), getattr(forward, "__module__", "")
+    return name == "LightningModule.forward" and where in _LIGHTNING_MODULE
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import Regression, clones, ema, equal, fit, seeded
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping
 
 from lightning_ema import Constant
 
@@ -119,11 +119,3 @@ def test_a_dataloader_that_draws_random_numbers_is_made_when_it_always_was():
 def test_early_stopping_sees_the_average():
     stopped = EarlyStopping("val_loss", stopping_threshold=1e9, check_on_train_epoch_end=False)
     assert fit(seeded(), ema(), stopped, max_epochs=9).current_epoch == 1
-
-
-@pytest.mark.parametrize("order", [1, -1])
-def test_beside_stochastic_weight_averaging_the_order_does_not_matter_to_training(order):
-    swa = lambda: StochasticWeightAveraging(0.01, swa_epoch_start=1, annealing_epochs=1)  # noqa: E731
-    plain = record(seeded(norm=False), swa(), max_epochs=3)
-    beside = record(seeded(norm=False), *[swa(), ema(after_fit="live")][::order], max_epochs=3)
-    assert equal(plain.batches[-1][0], beside.batches[-1][0])

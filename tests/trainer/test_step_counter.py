@@ -1,3 +1,5 @@
+import threading
+
 import pytest
 import torch
 
@@ -130,3 +132,137 @@ def test_released_hooks_are_gone(counter):
     assert len(torch_optimizer._global_optimizer_post_hooks) == hung - 1
     optimizer().step()
     assert counter.take() == 0
+
+
+# --- a step that raises, and steps in several threads: what was really taken counts -----------------------------------
+
+
+def failing():
+    raise ZeroDivisionError
+
+
+def fails(optimizer):
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(failing)
+
+
+def retried(first):
+    fails(first), first.step()
+    return 1
+
+
+def retried_twice(first):
+    fails(first), fails(first), first.step()
+    return 1
+
+
+def retried_through_a_wrapper(first):
+    fails(first), Lookahead(first).step()
+    return 1
+
+
+def retried_and_stepped_again(first):
+    fails(first), first.step(), first.step()
+    return 2
+
+
+def a_side_optimizer_fails_before(first):
+    fails(optimizer()), first.step()
+    return 1
+
+
+def a_side_optimizer_fails_within(first):
+    first.step(lambda: fails(optimizer()))
+    return 1
+
+
+def a_side_optimizer_steps_and_fails_within(first):
+    side = optimizer()
+    first.step(lambda: (side.step(), fails(side), side.step()))
+    return 2  # of the side optimizer, which trains other parameters
+
+
+def the_same_parameters_fail_within(first):
+    other = torch.optim.SGD(first.param_groups[0]["params"], 0.1)
+    first.step(lambda: fails(other))
+    return 1
+
+
+def a_wrapper_fails_after_its_inner_step(first):
+    class Fails(Lookahead):
+        def step(self, closure=None):
+            self.inner.step(), failing()
+
+    fails(Fails(first))
+    return 1  # the inner step was taken
+
+
+def in_another_thread(first):
+    thread = threading.Thread(target=first.step)
+    thread.start(), thread.join()
+    return 1
+
+
+def in_another_thread_within_a_step(first):
+    side = optimizer()
+    first.step(lambda: (in_another_thread(side), in_another_thread(side)))
+    return 2
+
+
+def begun_in_one_thread_while_another_steps(first):
+    second, begun, done = optimizer(), threading.Event(), threading.Event()
+    thread = threading.Thread(target=second.step, args=(lambda: (begun.set(), done.wait()),))
+    thread.start(), begun.wait()
+    first.step(), first.step()
+    done.set(), thread.join()
+    return 2
+
+
+SITUATIONS = [
+    retried,
+    retried_twice,
+    retried_through_a_wrapper,
+    retried_and_stepped_again,
+    a_side_optimizer_fails_before,
+    a_side_optimizer_fails_within,
+    a_side_optimizer_steps_and_fails_within,
+    the_same_parameters_fail_within,
+    a_wrapper_fails_after_its_inner_step,
+    in_another_thread,
+    in_another_thread_within_a_step,
+    begun_in_one_thread_while_another_steps,
+]
+
+
+@pytest.mark.parametrize("situation", SITUATIONS, ids=lambda situation: situation.__name__)
+def test_steps_that_were_taken_count(counter, situation):
+    for _ in range(2):  # what one batch leaves behind does not reach the next
+        counter.open()
+        steps = situation(optimizer())
+        counter.close()
+        assert counter.take() == steps
+
+
+def test_what_is_taken_within_a_step_is_not_taken_again_at_its_end(counter):
+    inner, taken = optimizer(), []
+    outer = torch.optim.SGD(inner.param_groups[0]["params"], 0.1)
+    outer.step(lambda: (inner.step(), taken.append(counter.take())))
+    assert (taken, counter.take()) == ([1], 0)
+
+
+def test_two_counters_in_two_threads_lose_nothing():
+    steps, counted, together = 300, [], threading.Barrier(2)
+
+    def run():
+        mine, counter = optimizer(), StepCounter()
+        counter.hold(lambda optimizer: optimizer is mine)
+        together.wait()
+        for _ in range(steps):
+            counter.open(), mine.step(), counter.close()
+        counted.append(counter.take())
+        together.wait()
+        counter.release()
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    assert counted == [steps, steps]
