@@ -75,7 +75,7 @@ class StepCounter:
     def open(self) -> None:
         """Counts from here: a training batch begins."""
         if self._running:
-            self._settle()
+            self._count_within()
             self._running.clear()  # what is left there raised, in an earlier batch
         self._open = True
 
@@ -86,14 +86,14 @@ class StepCounter:
     def take(self) -> int:
         """The steps since the last call: the most that any one optimizer took. A GAN's batch is one step."""
         if self._running:
-            self._settle()
+            self._count_within()
         if not self._taken:
             return 0
         steps = max(self._taken.values())
         self._taken.clear()
         return steps
 
-    def _settle(self) -> None:
+    def _count_within(self) -> None:
         """Counts what ended within steps that raised, or that have not ended yet: these then count no more."""
         for running in list(self._running.values()):
             for step in list(running):
