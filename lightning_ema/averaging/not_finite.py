@@ -15,7 +15,7 @@ def not_finite(tracker: Tracker) -> list[str]:
     return [pair.name for pair in stored if not all_finite([local(average) for average in pair.averages])]
 
 
-def said_of(names: list[str], step: int, argument: str) -> str:
+def seen_not_finite(names: list[str], step: int, argument: str) -> str:
     """Said at the first sight of an average that is not finite.
 
     Args:

@@ -11,7 +11,7 @@ from pathlib import Path
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_ema.averaging.not_finite import not_finite, said_of
+from lightning_ema.averaging.not_finite import not_finite, seen_not_finite
 from lightning_ema.averaging.tensor_set import Batches, Estimate
 from lightning_ema.averaging.tracker import Tracker
 from lightning_ema.averaging.weight_average import WeightAverage, tracker_of
@@ -187,7 +187,7 @@ class Holder:
         tracker = self.require()
         if not self._said_not_finite and (names := not_finite(tracker)):
             self._said_not_finite = True
-            self.warn(said_of(names, tracker.num_steps, "EMACallback(on_nonfinite='skip')"))
+            self.warn(seen_not_finite(names, tracker.num_steps, "EMACallback(on_nonfinite='skip')"))
 
     def update_without_others(self) -> None:
         """The same after an exception, where that waits for no other process.

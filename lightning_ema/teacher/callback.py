@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_ema.averaging.module_weights import ModuleWeights
-from lightning_ema.averaging.not_finite import not_finite, said_of
+from lightning_ema.averaging.not_finite import not_finite, seen_not_finite
 from lightning_ema.averaging.report import facts_of, report
 from lightning_ema.averaging.state_dict import gather, resume
 from lightning_ema.averaging.tracker import Tracker
@@ -253,7 +253,7 @@ class TeacherCallback(Callback):
         tracker = self._require()
         if not self._said_not_finite and (names := not_finite(tracker)):
             self._said_not_finite = True
-            rank_zero_warn(f"MeanTeacher: {said_of(names, tracker.num_steps, argument=_SKIP)}")
+            rank_zero_warn(f"MeanTeacher: {seen_not_finite(names, tracker.num_steps, argument=_SKIP)}")
 
     def _report(self, tracker: Tracker) -> None:
         if tracker.num_updates > 0:
