@@ -15,17 +15,16 @@ def not_finite(tracker: Tracker) -> list[str]:
     return [pair.name for pair in stored if not all_finite([local(average) for average in pair.averages])]
 
 
-def seen_not_finite(names: list[str], step: int, argument: str) -> str:
+def seen_not_finite(names: list[str], step: int) -> str:
     """Said at the first sight of an average that is not finite.
 
     Args:
         names: of its tensors that are not.
         step: at which it was seen.
-        argument: where a user writes ``on_nonfinite``, such as ``"EMACallback(on_nonfinite='skip')"``.
     """
     which = f": {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}" if names else ""
     return (
         f"the average is not finite, seen at step {step}{which}. Live weights that were NaN or infinite were mixed in "
         "at this step or before, and it stays so, whatever the live weights do: so are the scores and the files. Go "
-        f"back to a file from before, and write {argument}, which leaves such updates out."
+        f"back to a file from before, and write on_nonfinite='skip', which leaves such updates out."
     )

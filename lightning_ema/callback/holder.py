@@ -187,7 +187,7 @@ class Holder:
         tracker = self.require()
         if not self._said_not_finite and (names := not_finite(tracker)):
             self._said_not_finite = True
-            self.warn(seen_not_finite(names, tracker.num_steps, "EMACallback(on_nonfinite='skip')"))
+            self.warn(seen_not_finite(names, tracker.num_steps))
 
     def update_without_others(self) -> None:
         """The same after an exception, where that waits for no other process.

@@ -31,7 +31,6 @@ from lightning_ema.trainer import facts, run_length, strategies
 from lightning_ema.trainer.clock import Clock
 
 _NOT_STARTED = sys.maxsize
-_SKIP = "MeanTeacherConfig(on_nonfinite='skip')"
 
 
 @facts.known_to_pytorch_lightning
@@ -253,7 +252,7 @@ class TeacherCallback(Callback):
         tracker = self._require()
         if not self._said_not_finite and (names := not_finite(tracker)):
             self._said_not_finite = True
-            rank_zero_warn(f"MeanTeacher: {seen_not_finite(names, tracker.num_steps, argument=_SKIP)}")
+            rank_zero_warn(f"MeanTeacher: {seen_not_finite(names, tracker.num_steps)}")
 
     def _report(self, tracker: Tracker) -> None:
         if tracker.num_updates > 0:
