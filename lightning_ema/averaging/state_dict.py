@@ -68,12 +68,16 @@ def resume(tracker: Tracker, state: AverageState, held: Mapping[str, Tensor] = _
     held = {name: held[name] for name in state.names if name in held}
     whole = replace(state, average={**held, **state.average})
     tensors.refresh_if_stale()
+    same_buffers = state.config.get("buffers") == settings.buffers
+    if same_buffers:
+        tensors.leave_live(state.names)
     averages = [tensors.wanted(each) for each in (whole.average, *state.further)]
     origin = tensors.wanted(state.origin)
     asked = replace(whole, average=averages[0], further=tuple(averages[1:]), origin=origin)
     problems = [f"{name}: not in the state" for name in state.names if name not in whole.average]
     problems += misfits(asked, Survey(tracker.module).tensors)
-    problems += tensors.lacking(averages, buffers_begin=state.config.get("buffers") != settings.buffers)
+    if state.names or state.num_updates > 0:  # else nothing had been trained yet: what is trained now begins live
+        problems += tensors.lacking(averages, buffers_begin=not same_buffers)
     if problems:
         raise ValueError(
             f"the state does not fit {type(tracker.module).__name__}:\n  " + "\n  ".join(dict.fromkeys(problems)) + "\n"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_ema.averaging.pair import Pair
 from lightning_ema.averaging.placement import Placement
@@ -34,11 +35,13 @@ class TrackedTensors:
     Attributes:
         started: whether averages are stored.
         identities: ``id`` of every averaged live tensor.
+        empty: whether no parameter takes part, because none has been trained so far.
     """
 
     def __init__(self, module: nn.Module, settings: Settings, into: nn.Module | None, partitioned: bool) -> None:
         self.started = False
         self.identities: frozenset[int] = frozenset()
+        self.empty = True
         self._module = module
         self._settings = settings
         self._into = None if into is None else Survey(into)
@@ -50,12 +53,15 @@ class TrackedTensors:
         self._seen_through = False
         self._refresh()
         check_patterns(self._survey, settings.include, settings.exclude)
-        if not any(not pair.candidate.is_buffer for pair in self._pairs.values()) and not self._waiting_lazy():
+        if not any(self._allowed(candidate) for candidate in self._survey.candidates if not candidate.is_buffer):
             raise ValueError(
-                f"{type(module).__name__} has nothing to average: no parameter that requires grad"
-                f"{' matches include and exclude' if settings.include or settings.exclude else ''}. To average frozen "
-                "parameters write include_frozen=True."
+                f"{type(module).__name__} has nothing to average: no parameter is left by include="
+                f"{settings.include!r} and exclude={settings.exclude!r}. Choose patterns that leave some."
             )
+
+    def frozen(self) -> dict[str, Tensor]:
+        """The parameters that could take part and do not, by name."""
+        return {c.name: c.tensor for c in self._waiting if not c.is_buffer and not is_lazy(c.tensor)}
 
     def pairs(self) -> Iterable[Pair]:
         """All pairs, in the order of the module, once an update under way is finished."""
@@ -89,6 +95,25 @@ class TrackedTensors:
                 for tensor in pair.stored:
                     tensor.copy_(pair.beside(pair.live))
 
+    def take_anew(self, statistics: bool) -> None:
+        """Sets every average to the live tensor again: no step was taken up so far.
+
+        Args:
+            statistics: running statistics of normalization layers, too.
+        """
+        resized = [name for name, pair in self._pairs.items() if pair.live.shape != pair.shape]
+        for name in resized:
+            del self._pairs[name]
+        if resized:
+            self._refresh()
+        else:
+            self.refresh_if_stale()
+        with torch.no_grad():
+            for pair in self.pairs():
+                if statistics or not pair.candidate.statistic:
+                    for tensor in pair.stored:
+                        tensor.copy_(pair.beside(pair.live))
+
     def forget(self) -> None:
         """Gives the averages up, as before the start."""
         self.started = False
@@ -112,6 +137,11 @@ class TrackedTensors:
         if self._into is not None:
             self._into.reshard()  # its next forward pass would go on with copies from before the update
 
+    @property
+    def resized(self) -> bool:
+        """Whether a buffer has changed its shape in place, as those of observers do."""
+        return any(live.shape != shape for live, shape in self._resizable)
+
     def refresh_if_stale(self, seen_through: bool = False) -> None:
         """Pairs again if a tensor was unfrozen, added, replaced, moved or cast since the last time.
 
@@ -125,6 +155,10 @@ class TrackedTensors:
             return
         for cut, live, shard, pointer in self._shards:
             if cut.local(live) is not shard or shard.data_ptr() != pointer:
+                self._refresh()
+                return
+        for live, shape in self._resizable:
+            if live.shape != shape:
                 self._refresh()
                 return
         for table, leaf, live, pointer in self._expected:
@@ -171,6 +205,13 @@ class TrackedTensors:
         parameters = [c.name for c in self._survey.candidates if c.name in average and not c.is_buffer]
         return [name for name in parameters if name not in origin] if self._placement.keeps_origin else []
 
+    def leave_live(self, names: Collection[str]) -> None:
+        """Buffers of a state's module that had no average there have none here: they held infinities."""
+        self._unbounded |= {n for n, pair in self._pairs.items() if pair.candidate.is_buffer and n not in names}
+        for name in self._unbounded & self._pairs.keys():
+            del self._pairs[name]
+        self._refresh()
+
     def load(self, averages: Sequence[Mapping[str, Tensor]], origin: Mapping[str, Tensor]) -> None:
         """Takes over a state's tensors that are :meth:`wanted`, once they were found to fit.
 
@@ -212,8 +253,9 @@ class TrackedTensors:
         self._waiting = [
             candidate
             for candidate in self._survey.candidates
-            if not candidate.is_buffer and candidate.name not in self._pairs and self._allowed(candidate)
+            if candidate.name not in self._pairs.keys() | self._unbounded and self._allowed(candidate)
         ]
+        self.empty = all(pair.candidate.is_buffer for pair in self._pairs.values())
         self.identities = frozenset(
             id(tensor) for p in self._pairs.values() for tensor in (p.live, *p.candidate.aliases)
         )
@@ -235,8 +277,10 @@ class TrackedTensors:
             )
         if candidate.name in self._admitted:
             return True
+        if not joins(candidate, self._settings.include_frozen):
+            return False
         if not candidate.is_buffer:
-            return joins(candidate, self._settings.include_frozen)
+            return True
         if candidate.name in self._unbounded:
             return False
         if not bool(local(candidate.tensor).isfinite().all()):
@@ -265,6 +309,8 @@ class TrackedTensors:
         self._updater.release()
         self._lives = [pair.part(pair.live) for pair in self._updated]
         self._expected = [(*pair.candidate.slots[0], pair.live, pair.live.data_ptr()) for pair in self._ordered]
+        resizable = [pair for pair in self._ordered if pair.candidate.is_buffer and not pair.candidate.statistic]
+        self._resizable = [(pair.live, pair.shape) for pair in resizable]  # observers resize theirs in place
         sharded = [(p.cut, p.live, p.cut.local(p.live)) for p in self._ordered if p.cut.sharded]
         self._shards = [(cut, live, shard, shard.data_ptr()) for cut, live, shard in sharded]  # whole ones are the rule
 
@@ -275,7 +321,7 @@ class TrackedTensors:
             new = table.get(leaf)
             if new is old and old.data_ptr() == pointer:
                 continue
-            same = new is not None and (new.shape, new.dtype, new.device) == (old.shape, old.dtype, old.device)
+            same = new is not None and (new.shape, new.dtype, new.device) == (pair.shape, old.dtype, old.device)
             if new is None or not same or not pair.candidate.is_buffer or len(pair.candidate.slots) > 1:
                 return False
             changed.append((pair, new))
@@ -287,9 +333,6 @@ class TrackedTensors:
 
     def _someone_joins(self) -> bool:
         return bool(self._waiting) and any(joins(c, self._settings.include_frozen) for c in self._waiting)
-
-    def _waiting_lazy(self) -> bool:
-        return any(torch.nn.parameter.is_lazy(candidate.tensor) for candidate in self._waiting)
 
 
 def _is_plain(pair: Pair) -> bool:

@@ -127,6 +127,10 @@ class Tracker:
             self.tensors.admit()
 
     def _update(self) -> bool:
+        if self.tensors.empty:
+            self.tensors.admit()
+            self.last_update_step = self.num_steps  # what joins begins here
+            return False
         after, upto = self.last_update_step - self.start_step, self.num_steps - self.start_step
         rates = [1 - self._decay(schedule, after, upto) for schedule in self.schedules]
         with self._no_grad:
@@ -173,6 +177,21 @@ class Tracker:
         self.start_step = self.last_update_step = self.num_steps
         self.histories = [History() for _ in self.schedules]
         self.tensors.start()
+
+    @property
+    def at_start(self) -> bool:
+        """Whether the averages have started and no step was counted since."""
+        return self.started and self.num_steps == self.start_step and self.num_updates == 0
+
+    def take_anew(self, statistics: bool) -> None:
+        """Takes the starting values anew, as long as no step was counted since the start; else does nothing.
+
+        Args:
+            statistics: running statistics of normalization layers, too. They stay what they were before the first
+                forward pass; other buffers may initialise themselves in it.
+        """
+        if self.at_start and not self._weights.held:
+            self.tensors.take_anew(statistics)
 
     def start_at(self, step: int) -> None:
         """Puts the start off to a later step, or starts here where that step is past."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
 
 from lightning_ema.averaging.settings import Buffers, OnNonfinite
 from lightning_ema.averaging.weight_average import WeightAverage
@@ -173,9 +174,10 @@ class EMACallback(Callback):
         self._holder.start_with_epoch(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._holder.require().refresh()  # what was unfrozen joins with its value before its first step
-        self._holder.stepped = False
-        self._holder.clock.steps.open()
+        self._holder.begin_batch()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self._holder.before_write()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -11,10 +11,13 @@ from pathlib import Path
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_ema.averaging.frozen import Frozen, frozen_now, moved
 from lightning_ema.averaging.not_finite import not_finite, seen_not_finite
+from lightning_ema.averaging.starting_values import StartingValues
 from lightning_ema.averaging.tensor_set import Batches, Estimate
 from lightning_ema.averaging.tracker import Tracker
 from lightning_ema.averaging.weight_average import WeightAverage, tracker_of
+from lightning_ema.callback import messages
 from lightning_ema.callback.messages import partitioned_among_others, still_rising, too_long
 from lightning_ema.callback.settings import CallbackSettings
 from lightning_ema.posthoc.snapshots import Snapshots, take
@@ -36,6 +39,7 @@ class Holder:
         clock: of the run.
         snapshots: what is written of it in this fit.
         stepped: whether it took up steps in this batch.
+        starting: takes the starting values anew; None like the engine.
         before_forget: what is to be done before it is given up.
     """
 
@@ -46,8 +50,10 @@ class Holder:
         self.clock = Clock()
         self.snapshots: Snapshots | None = None
         self.stepped = False
+        self.starting: StartingValues | None = None
         self.before_forget: Callable[[], None] | None = None
         self._plan = Plan()
+        self._frozen: Frozen = {}
         self._said_skips = self._said_not_finite = False
 
     # --- there and gone -----------------------------------------------------------------------------------------------
@@ -60,6 +66,7 @@ class Holder:
             arguments["start_step"] = NOT_YET
         self.average = WeightAverage(pl_module, **arguments, shard=settings.shard and trainer.world_size > 1)
         self.tracker = tracker_of(self.average)
+        self.starting = StartingValues(self.tracker, self.tracker.take_anew)
         self.tracker.holds.evaluated_by = settings.name if settings.evaluation.gives_average else ""
         if settings.recalibrate is not None:
             self.tracker.holds.estimates = [Estimate() for _ in settings.average.decays]
@@ -91,7 +98,7 @@ class Holder:
             self.before_forget()
         if self.tracker is not None:
             self.tracker.weights.drop(self.tracker.holds)
-        self.average = self.tracker = None
+        self.average = self.tracker = self.starting = None
         self.clock.resume()
         self._said_skips = self._said_not_finite = False
 
@@ -151,6 +158,7 @@ class Holder:
         if isinstance(settings.start_epoch, float) and settings.start_epoch > 0 and not tracker.started:
             tracker.start_at(start)
         self.start_with_epoch(trainer)
+        self._frozen = frozen_now(tracker)
         if self._plan.total_steps is not None:
             self._advise(self._plan.total_steps)
 
@@ -165,6 +173,24 @@ class Holder:
         """A file was loaded in the middle of a fit, as tuners do."""
         self.count()
         self.require().bind(self._plan)
+
+    def begin_batch(self) -> None:
+        """A training batch begins, from which on steps count."""
+        tracker, steps = self.require(), self.clock.steps
+        tracker.refresh()  # what was unfrozen joins with its value before its first step
+        self.stepped = False
+        if self.starting is not None and tracker.at_start:
+            self.starting.before_batch()
+            steps.before_first = self.starting.before_step
+        else:
+            steps.before_first = None
+        steps.open()
+
+    def before_write(self) -> None:
+        """An optimizer is about to write to the weights."""
+        steps = self.clock.steps
+        if steps.before_first is not None and self.starting is not None and not steps.pending:
+            self.starting.before_write()
 
     def update(self) -> None:
         """Takes up the steps since the last time."""
@@ -214,6 +240,11 @@ class Holder:
         running = facts.is_fitting(trainer) and trainer.state.status == "running"
         recalibrate = self.settings.recalibrate
         return training_batches.taken(trainer, recalibrate.batches) if recalibrate is not None and running else None
+
+    def notice_frozen(self) -> None:
+        """Says which frozen parameters were changed in training."""
+        if names := moved(self.require(), self._frozen):
+            self.say(messages.frozen_moved(names))
 
     # --- what it says -------------------------------------------------------------------------------------------------
 

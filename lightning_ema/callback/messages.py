@@ -63,6 +63,23 @@ def no_step_seen(global_step: int) -> str:
     )
 
 
+def nothing_trained() -> str:
+    """A warning where all that could have been averaged was frozen to the end of the fit."""
+    return (
+        "there is no average: every parameter that include and exclude leave was frozen during the whole fit. Unfreeze "
+        "what is to be averaged, choose other patterns, or write include_frozen=True."
+    )
+
+
+def frozen_moved(names: Sequence[str]) -> str:
+    """Said where frozen parameters were changed in training, by hand."""
+    shown = ", ".join(names[:4]) + (f", ... ({len(names)} in all)" if len(names) > 4 else "")
+    return (
+        f"{shown}: frozen, but changed during the fit, as a momentum network is. They are live in evaluations and "
+        "files; include_frozen=True averages them, too."
+    )
+
+
 def steps_missed(steps: int) -> str:
     """A remark where optimizers stepped outside training batches."""
     return (

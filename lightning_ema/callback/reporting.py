@@ -28,6 +28,10 @@ def log(holder: Holder, passes: Passes, pl_module: LightningModule) -> None:
 def say_at_end(holder: Holder, passes: Passes, trainer: Trainer) -> None:
     """Says what became of the averages in a fit."""
     tracker, missed = holder.require(), holder.clock.steps.missed
+    holder.notice_frozen()
+    if tracker.tensors.empty:
+        holder.warn(messages.nothing_trained())
+        return
     if trainer.global_step > 0 and tracker.num_steps == 0:
         holder.warn(messages.no_step_seen(trainer.global_step))
     elif missed:

@@ -6,7 +6,7 @@ a model is compiled, wrapped for DDP or checkpoints its activations. A tied tens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -38,6 +38,9 @@ class Candidate:
         aliases: other tensors of the module on the very same memory, such as a second ``Parameter(first.data)``.
         is_buffer: whether it is a buffer rather than a parameter.
         rewritten: whether a forward pass may write to it, as that of ``nn.Embedding(max_norm=...)`` does.
+        companions: of a buffer, the parameters that it goes with: those of its module, or of the nearest one around it
+            that has any.
+        statistic: whether it is a running mean or variance of a normalization layer.
     """
 
     names: tuple[str, ...]
@@ -46,6 +49,8 @@ class Candidate:
     aliases: tuple[Tensor, ...]
     is_buffer: bool
     rewritten: bool
+    companions: Sequence[Tensor] = ()
+    statistic: bool = False
 
     @property
     def name(self) -> str:
@@ -72,6 +77,7 @@ class Survey:
         self.reshard()
         self.tensors: dict[str, Tensor] = {}
         places: dict[object, list[_Place]] = {}
+        parameters_in: dict[str, list[Tensor]] = {}
         self._children: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
         self._tables: list[dict[str, Tensor | None] | dict[str, nn.Module | None]] = []
         for path, owner in _modules(module):
@@ -79,6 +85,8 @@ class Survey:
             self._tables += [parameters, buffers, children]
             self._children += [(children, leaf, child) for leaf, child in children.items() if child is not None]
             volatile = transient_buffers(owner)
+            for around in _around(path):
+                parameters_in.setdefault(around, []).extend(t for t in parameters.values() if t is not None)
             for table, is_buffer in ((parameters, False), (buffers, True)):
                 for leaf, tensor in table.items():
                     if tensor is None or (is_buffer and leaf in volatile):
@@ -86,10 +94,11 @@ class Survey:
                     self.tensors.setdefault(f"{path}{leaf}", tensor)
                     if _floats(tensor):  # quantized weights are stored as integers, and stay out like integer buffers
                         rewritten = getattr(owner, "max_norm", None) is not None
-                        place = _Place(f"{path}{leaf}", table, leaf, tensor, is_buffer, rewritten)
+                        statistic = is_buffer and isinstance(owner, nn.modules.batchnorm._NormBase)
+                        place = _Place(path, table, leaf, tensor, is_buffer, rewritten, statistic)
                         places.setdefault(memory_of(tensor), []).append(place)
         self._size = sum(map(len, self._tables))
-        self.candidates = [_candidate(alike) for alike in places.values()]
+        self.candidates = [_candidate(alike, parameters_in) for alike in places.values()]
 
     def reshard(self) -> None:
         """Makes the module show the tensors that were found, where a forward pass left others in their place."""
@@ -106,15 +115,20 @@ class Survey:
 
 @dataclass(frozen=True, eq=False)
 class _Place:
-    name: str
+    path: str
     table: Table
     leaf: str
     tensor: Tensor
     is_buffer: bool
     rewritten: bool
+    statistic: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.path}{self.leaf}"
 
 
-def _candidate(places: list[_Place]) -> Candidate:
+def _candidate(places: list[_Place], parameters_in: Mapping[str, Sequence[Tensor]]) -> Candidate:
     """One candidate for all places that show the same memory."""
     tensor = next((place.tensor for place in places if place.tensor.requires_grad), places[0].tensor)
     aliases = {id(place.tensor): place.tensor for place in places if place.tensor is not tensor}
@@ -125,17 +139,40 @@ def _candidate(places: list[_Place]) -> Candidate:
         aliases=tuple(aliases.values()),
         is_buffer=places[0].is_buffer,
         rewritten=any(place.rewritten for place in places),
+        companions=_companions(places[0].path, parameters_in) if places[0].is_buffer else (),
+        statistic=places[0].statistic,
     )
 
 
-def joins(candidate: Candidate, include_frozen: bool) -> bool:
-    """Whether a parameter takes part by itself: it is trained (or frozen ones are asked for) and exists already.
+def _companions(path: str, parameters_in: Mapping[str, Sequence[Tensor]]) -> Sequence[Tensor]:
+    return next((inside for around in _around(path) if (inside := parameters_in.get(around))), ())
 
-    Lazy parameters have no shape before the first forward pass; frozen ones may be unfrozen later. Both are asked
-    again at every update.
+
+def _around(path: str) -> Iterator[str]:
+    """The path of a module, and those of all around it, the nearest first.
+
+    >>> list(_around("net.0."))
+    ['net.0.', 'net.', '']
+    """
+    yield path
+    while path:
+        path = path[: path[:-1].rfind(".") + 1]
+        yield path
+
+
+def joins(candidate: Candidate, include_frozen: bool) -> bool:
+    """Whether a tensor takes part by itself: it is trained (or frozen ones are asked for) and exists already.
+
+    A buffer is trained where one of the parameters is that it goes with, or where there is none. Lazy tensors have no
+    shape before the first forward pass; frozen ones may be unfrozen later. Both are asked again at every update.
     """
     tensor = next((table.get(leaf) for table, leaf in candidate.slots), None)
-    return tensor is not None and (tensor.requires_grad or include_frozen) and not is_lazy(tensor)
+    if tensor is None or is_lazy(tensor):
+        return False
+    if candidate.is_buffer:
+        companions = candidate.companions
+        return include_frozen or not companions or any(parameter.requires_grad for parameter in companions)
+    return include_frozen or tensor.requires_grad
 
 
 def check_patterns(survey: Survey, include: Sequence[str] | None, exclude: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from lightning_ema.averaging.module_weights import ModuleWeights
 from lightning_ema.averaging.not_finite import not_finite, seen_not_finite
 from lightning_ema.averaging.report import facts_of, report
+from lightning_ema.averaging.starting_values import StartingValues
 from lightning_ema.averaging.state_dict import gather, resume
 from lightning_ema.averaging.tracker import Tracker
 from lightning_ema.averaging.weight_average import WeightAverage, tracker_of
@@ -26,7 +27,15 @@ from lightning_ema.modules.batchnorm import statistics_of
 from lightning_ema.modules.named_tensors import Survey
 from lightning_ema.schedules.base import Plan
 from lightning_ema.teacher.config import MeanTeacherConfig
-from lightning_ema.teacher.networks import Watched, check_alike, check_width, copy_buffers, copy_frozen, networks
+from lightning_ema.teacher.networks import (
+    Watched,
+    check_alike,
+    check_width,
+    copy_buffers,
+    copy_frozen,
+    fit_buffers,
+    networks,
+)
 from lightning_ema.trainer import facts, run_length, strategies
 from lightning_ema.trainer.clock import Clock
 
@@ -50,6 +59,7 @@ class TeacherCallback(Callback):
         self._teacher = nn.Module()
         self._watched = Watched(self._teacher)
         self._said_not_finite = False
+        self._starting: StartingValues | None = None
         self.known = False
         """Whether a trainer had this callback at some time. A tuner sets all callbacks aside for a while."""
 
@@ -94,10 +104,10 @@ class TeacherCallback(Callback):
         tracker = self._pair(pl_module)
         if begins:
             tracker.start_at(0)
-            with torch.no_grad():
-                copy_frozen(student, teacher, _names(tracker))
-            self._copy_buffers(tracker)
+            self._starting = StartingValues(tracker, self._take_anew)
+            self._take_anew(statistics=True)
         else:
+            self._starting = None
             self._go_on(tracker)
         self._clock.steps.hold(self._owns)
 
@@ -122,7 +132,16 @@ class TeacherCallback(Callback):
         tracker = self._keep_up(pl_module)
         with self._in_words_of_teacher_and_student(tracker):
             tracker.refresh()
+        starts = self._starting is not None and self._starting.open
+        if self._starting is not None and starts:
+            self._starting.before_batch()
+        self._clock.steps.before_first = self._starting.before_step if self._starting is not None and starts else None
         self._clock.steps.open()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        steps = self._clock.steps
+        if steps.before_first is not None and self._starting is not None and not steps.pending:
+            self._starting.before_write()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -180,13 +199,18 @@ class TeacherCallback(Callback):
         """The engine for the networks as they are now: either one, or a part of the teacher, may have been replaced."""
         tracker = self._require()
         student, teacher = networks(pl_module)
-        if student is tracker.module and teacher is self._teacher and self._watched.holds():
+        same = student is tracker.module and teacher is self._teacher
+        if same and self._watched.holds() and not tracker.tensors.resized:
             return tracker
+        if same and self._buffers_follow:
+            fit_buffers(student, teacher)
         self._loaded = self._state()
         tracker = self._pair(pl_module)
         self._go_on(tracker)
         if self._plan is not None:
             tracker.bind(self._plan)
+        if self._starting is not None:
+            self._starting = StartingValues(tracker, self._take_anew)
         _check_trained(pl_module, tracker)
         return tracker
 
@@ -205,6 +229,15 @@ class TeacherCallback(Callback):
 
     def _owns(self, optimizer: Optimizer) -> bool:
         return self._average is not None and tracker_of(self._average).owns(optimizer)
+
+    def _take_anew(self, statistics: bool) -> None:
+        """The teacher is the student as it is now, but for running statistics where these are to stay."""
+        tracker = self._require()
+        tracker.take_anew(statistics)
+        with torch.no_grad():
+            copy_frozen(tracker.module, self._teacher, _names(tracker))
+        if statistics:
+            self._copy_buffers(tracker)
 
     def _copy_buffers(self, tracker: Tracker) -> None:
         if self._buffers_follow:

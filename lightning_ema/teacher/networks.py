@@ -109,6 +109,21 @@ def copy_frozen(student: nn.Module, teacher: nn.Module, averaged: Sequence[str])
             tensors[name].copy_(tensor)
 
 
+def fit_buffers(student: nn.Module, teacher: nn.Module) -> None:
+    """Gives the teacher's buffers the shapes of the student's, where a forward pass of either has resized its own.
+
+    Observers of quantisation-aware training do that. Running statistics of normalization layers keep theirs: where they
+    differ, the networks are not built alike.
+    """
+    statistics = {candidate.name for candidate in Survey(student).candidates if candidate.statistic}
+    of_teacher = _named(teacher.named_buffers())
+    for name, buffer in _named(student.named_buffers()).items():
+        other = of_teacher.get(name)
+        if other is not None and name not in statistics and other.shape != buffer.shape:
+            with torch.no_grad():
+                other.resize_(buffer.shape).copy_(buffer)
+
+
 def copy_buffers(student: nn.Module, teacher: nn.Module, averaged: Sequence[str]) -> None:
     """Copies the buffers that are not averaged.
 

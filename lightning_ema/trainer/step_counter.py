@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from threading import get_ident
 from typing import Any
@@ -40,6 +40,7 @@ class StepCounter:
 
     Attributes:
         missed: steps of theirs that were taken outside.
+        before_first: called before each step of theirs until one was counted.
     """
 
     def __init__(self) -> None:
@@ -49,6 +50,7 @@ class StepCounter:
         self._running: dict[int, list[_Running]] = {}  # by thread: steps of several threads overlap in any way
         self._open = False
         self.missed = 0
+        self.before_first: Callable[[], None] | None = None
 
     @property
     def held(self) -> bool:
@@ -70,6 +72,7 @@ class StepCounter:
         self._owns = None
         self._taken.clear()
         self._running.clear()
+        self.before_first = None
         self._open = False
 
     def open(self) -> None:
@@ -82,6 +85,11 @@ class StepCounter:
     def close(self) -> None:
         """Stops counting: steps outside a batch are tuners' and loaders' own."""
         self._open = False
+
+    @property
+    def pending(self) -> bool:
+        """Whether a step was taken since the last :meth:`take`."""
+        return bool(self._taken) or any(step.within for running in self._running.values() for step in running)
 
     def take(self) -> int:
         """The steps since the last call: the most that any one optimizer took. A GAN's batch is one step."""
@@ -109,6 +117,8 @@ class StepCounter:
         thread = get_ident()
         if thread not in self._running:
             self._running[thread] = []
+        if self.before_first is not None and self._begins_first(optimizer, self._running[thread]):
+            self.before_first()
         self._running[thread].append(_Running(optimizer))
 
     def _leave(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -132,6 +142,12 @@ class StepCounter:
             return
         self._running.pop(thread, None)
         self._count(ended)
+
+    def _begins_first(self, optimizer: Optimizer, around: Sequence[_Running]) -> bool:
+        """Whether no step was counted yet, and this one is not part of another, which may have written already."""
+        if self.pending or self._owns is None or not self._owns(optimizer):
+            return False
+        return not any(_share(step.optimizer, optimizer) for step in around)
 
     def _counts(self, optimizer: Optimizer) -> bool:
         """Whether a step of the optimizer that ends now is one of those that are asked for."""

@@ -187,9 +187,13 @@ class TestWhatIsAveraged:
                 WeightAverage(nn.Sequential(nn.Linear(1, 1)), **{argument: [pattern]})
 
     def test_a_module_with_nothing_to_average(self):
-        for net in (nn.ReLU(), nn.Linear(1, 1).requires_grad_(False), nn.BatchNorm1d(1, affine=False)):
-            with pytest.raises(ValueError, match=r"nothing to average.*include_frozen=True"):
+        for net in (nn.ReLU(), nn.BatchNorm1d(1, affine=False)):
+            with pytest.raises(ValueError, match=r"nothing to average: no parameter is left by include=None"):
                 WeightAverage(net)
+        with pytest.raises(
+            ValueError, match=r"no parameter is left by include=\('\*\.weight',\) and exclude=\('0\.\*',\)"
+        ):
+            WeightAverage(nn.Sequential(nn.Linear(1, 1)), include=["*.weight"], exclude=["0.*"])
 
     def test_frozen_weights_take_no_part_unless_asked(self):
         net = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1).requires_grad_(False))

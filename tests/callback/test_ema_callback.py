@@ -346,19 +346,6 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"'encoder\.\*' matches no tensor of Regression"):
             fit(seeded(), ema(**{argument: ["encoder.*"]}))
 
-    def test_nothing_to_average(self):
-        class Frozen(Regression):
-            def __init__(self):
-                super().__init__()
-                self.requires_grad_(False)
-                self.automatic_optimization = False
-
-            def training_step(self, batch, batch_idx): ...
-            def configure_optimizers(self): ...
-
-        with pytest.raises(ValueError, match="Frozen has nothing to average"):
-            fit(seeded(Frozen), ema())
-
     @pytest.mark.parametrize("tensors", [{}, {"include": ["net.0.*"]}], ids=["of the same patterns", "of a part"])
     def test_two_that_would_both_evaluate(self, tensors):
         message = (

@@ -153,9 +153,17 @@ class Acts(Callback):
 
 class TestShapesThatChangeInTraining:
     @pytest.mark.parametrize("size", [1, 3])  # 1 would be broadcast
-    @pytest.mark.parametrize("how", ["assigned", "resized"])
-    @pytest.mark.parametrize("buffers", ["average", "copy"])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+    @pytest.mark.parametrize(
+        ("how", "buffers", "dtype"),
+        [
+            ("assigned", "average", torch.float32),
+            ("assigned", "copy", torch.float32),
+            ("assigned", "average", torch.int64),
+            ("assigned", "copy", torch.int64),
+            ("resized", "copy", torch.float32),
+            ("resized", "average", torch.int64),
+        ],
+    )
     def test_a_buffer_is_named(self, dtype, buffers, how, size):
         def change(module):
             if how == "assigned":
@@ -166,6 +174,12 @@ class TestShapesThatChangeInTraining:
         message = rf"memory: shape \({size},\) in the student, \(2,\) in the teacher\n.*buffers='ignore'"
         with pytest.raises(ValueError, match=message):
             fit(holding(lambda: Remembers(dtype), buffers=buffers), Acts(change))
+
+    @pytest.mark.parametrize("size", [1, 3])
+    def test_an_averaged_buffer_that_is_resized_in_place_is_followed(self, size):
+        module = holding(Remembers, buffers="average")
+        fit(module, Acts(lambda module: module.student.memory.resize_(size).fill_(4.0)))
+        assert torch.equal(module.teacher.memory, torch.full((size,), 4.0))
 
     def test_a_new_buffer_is_named(self):
         with pytest.raises(ValueError, match="late: the teacher has no such tensor"):

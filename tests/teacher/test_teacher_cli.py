@@ -44,6 +44,7 @@ ALL = {
     "consistency_weight": 3.0,
     "ramp_up_steps": 5,
     "ramp": "cosine",
+    "on_nonfinite": "skip",
 }
 
 
