@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_ema.averaging.pair import Pair
 from lightning_ema.averaging.tensor_set import Batches, Held, TensorSet, Tracked, write
-from lightning_ema.modules.batchnorm import Statistics, statistics_of
+from lightning_ema.modules.batchnorm import Statistics
 from lightning_ema.modules.edits import Edits
 from lightning_ema.modules.named_tensors import Survey
 
@@ -75,8 +75,7 @@ class ModuleWeights:
     def returning(self) -> list[Tensor]:
         """The module's tensors whose contents, not their storage, come back with the live weights."""
         swaps = [held for held in self.held if not held.paused and not held.applied]
-        written = [t for held in swaps if held.live_statistics for t in statistics_of(self.module).values()]
-        return [tensor for held in swaps for tensor in held.swap.returning()] + written
+        return [tensor for held in swaps for tensor in held.swap.returning()]
 
     @property
     def recalibrates(self) -> bool:
@@ -87,6 +86,13 @@ class ModuleWeights:
         """The names of other callbacks that evaluate averages of some of these tensors."""
         others = [each for each in self._together_with(tensors) if each is not tensors and each.evaluated_by]
         return [each.evaluated_by for each in others if tensors.evaluated_by and each.meets(tensors)]
+
+    def catch_up(self, tensors: TensorSet) -> None:
+        """Lets all averages of these tensors take up their steps, which they cannot during a swap."""
+        everywhere = [each for weights in list(self.known.values()) for each in list(weights._sets)]
+        for other in everywhere:
+            if not (other.over or other.left) and (other is tensors or other.meets(tensors)):
+                other.catch_up()
 
     def held_anywhere(self) -> list[Held]:
         """What tensors of this module and of others hold now."""
@@ -154,6 +160,8 @@ class ModuleWeights:
     def drop(self, tensors: TensorSet) -> None:
         """A set is given up: nothing is kept of it, and nothing asked of it."""
         tensors.over, tensors.left = True, False
+        if tensors.before_drop is not None:
+            tensors.before_drop()
         for held in [held for held in self.held if held.tensors is tensors]:
             self.let_go(held)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ from lightning_ema.averaging.pair import Pair
 from lightning_ema.averaging.swap import Averages, Swap
 from lightning_ema.distributed.base import cut_of
 from lightning_ema.distributed.processes import SyncBuffers
-from lightning_ema.modules.batchnorm import Statistics, estimate, statistics_of
+from lightning_ema.modules.batchnorm import Place, Statistics, estimate, hang_copies, statistics_of
 from lightning_ema.modules.named_tensors import Survey
 
 Batches = AbstractContextManager[Iterable[Any]]
@@ -27,6 +27,9 @@ class Tracked(Protocol):
     num_updates: int
     sync_buffers: SyncBuffers | None
     collectives_off: bool
+
+    def caught_up(self) -> object:
+        """Takes up all steps that were taken so far."""
 
     def pairs(self) -> Iterable[Pair]:
         """All pairs, once an update under way is finished."""
@@ -47,6 +50,9 @@ class Weights(Protocol):
     @property
     def holds_file(self) -> bool:
         """Whether the module holds the weights of a file that is evaluated after a fit."""
+
+    def catch_up(self, tensors: TensorSet) -> None:
+        """Lets all averages of these tensors take up their steps, which they cannot during a swap."""
 
     def held_anywhere(self) -> list[Held]:
         """What tensors of this module and of others hold now."""
@@ -69,8 +75,8 @@ class Held:
         applied: whether it stays until :meth:`TensorSet.restore`, and swaps may lie over it.
         paused: whether its tensors carry their live values meanwhile.
         over: what was paused for it.
-        live_statistics: BatchNorm statistics of the live weights, where the average carries statistics of its own.
-        carried_statistics: those of the average, while it is paused.
+        statistics: where the BatchNorm statistics hang that do not hang in the module at present: those of the live
+            weights, where the average carries statistics of its own; those of the average while it is paused.
     """
 
     tensors: TensorSet
@@ -79,8 +85,7 @@ class Held:
     applied: bool
     paused: bool = False
     over: list[Held] = field(default_factory=list)
-    live_statistics: Statistics = field(default_factory=dict)
-    carried_statistics: Statistics = field(default_factory=dict)
+    statistics: list[Place] = field(default_factory=list)
 
     def underlies(self, tensors: TensorSet) -> bool:
         """Whether a fit left the module with it, and so it is simply what this other set finds there."""
@@ -96,6 +101,7 @@ class TensorSet:
         estimates: BatchNorm statistics estimated for each average, where they are; else empty.
         left: whether a fit has ended, and none has begun since.
         over: whether its averages are to be dropped, because the module's weights are others' now.
+        before_drop: what is to be done then.
     """
 
     def __init__(self, weights: Weights, tracked: Tracked) -> None:
@@ -104,6 +110,7 @@ class TensorSet:
         self.selected = 0
         self.estimates: list[Estimate] = []
         self.left = self.over = False
+        self.before_drop: Callable[[], None] | None = None
         self._tracked = tracked
 
     # --- what it holds ------------------------------------------------------------------------------------------------
@@ -144,7 +151,11 @@ class TensorSet:
     def live_statistics(self) -> Statistics:
         """The BatchNorm statistics of the live weights while an average carries others; else empty."""
         held = self._top()
-        return {} if held is None else held.live_statistics
+        if held is None or not held.statistics:
+            return {}
+        carried = statistics_of(self.weights.module)
+        live = {id(place.table[place.leaf]): place.tensor for place in held.statistics}
+        return {name: live[id(tensor)] for name, tensor in carried.items()}
 
     # --- swap in, swap out --------------------------------------------------------------------------------------------
 
@@ -263,6 +274,10 @@ class TensorSet:
     def _top(self) -> Held | None:
         return next((h for h in reversed(self.weights.held) if h.tensors is self and not h.paused), None)
 
+    def catch_up(self) -> None:
+        """Lets its averages take up all steps that were taken so far."""
+        self._tracked.caught_up()
+
     def meets(self, other: TensorSet) -> bool:
         """Whether some tensor belongs to both."""
         own = {id(pair.live) for pair in self._tracked.pairs()}
@@ -276,6 +291,7 @@ class TensorSet:
 
     def _hold(self, place: int, copy: bool, applied: bool, batches: Batches | None = None) -> None:
         tracked = self._tracked
+        self.weights.catch_up(self)
         sync = None if tracked.collectives_off else tracked.sync_buffers
         below = self._met()
         held = Held(self, place, Swap(tracked.to_carry(place), copy, applied, tracked.reshard, sync), applied)
@@ -291,8 +307,9 @@ class TensorSet:
             raise
 
     def _let_go(self, held: Held) -> list[str]:
-        write(held.live_statistics, self.weights.module)
-        held.live_statistics = {}
+        if not held.paused:
+            _exchange(held)
+        held.statistics = []
         written = held.swap.end()
         for other in reversed(held.over):
             _resume(other)
@@ -303,7 +320,7 @@ class TensorSet:
         if not self.estimates:
             return
         module, updates = self.weights.module, self._tracked.num_updates
-        held.live_statistics = {name: tensor.clone() for name, tensor in statistics_of(module).items()}
+        held.statistics = hang_copies(module)
         current = self.estimates[held.place]
         if batches is not None and current.made_at != updates:
             with batches as inputs:
@@ -329,16 +346,17 @@ class Estimate:
 def _pause(held: Held) -> None:
     held.paused = True
     held.swap.pause()
-    if held.live_statistics and not held.carried_statistics:
-        module = held.tensors.weights.module
-        held.carried_statistics = {name: tensor.clone() for name, tensor in statistics_of(module).items()}
-        write(held.live_statistics, module)
+    _exchange(held)
 
 
 def _resume(held: Held) -> None:
     held.swap.resume()
-    write(held.carried_statistics, held.tensors.weights.module)
-    held.carried_statistics, held.paused = {}, False
+    _exchange(held)
+    held.paused = False
+
+
+def _exchange(held: Held) -> None:
+    held.statistics = [place.hang() for place in held.statistics]
 
 
 def write(values: Mapping[str, Tensor], module: nn.Module) -> None:

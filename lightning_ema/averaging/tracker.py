@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -55,6 +55,7 @@ class Tracker:
             carry those of the first process; ``"mean"``: their mean; None: each its own. What is stored stays each
             process's own. All processes must take part in a swap then, and in an update that looks for
             ``on_nonfinite``: where something is not finite in one of them, all leave the update out.
+        before_reading: called before an average is read by its user: takes up what was counted elsewhere.
         collectives_off: whether no other process may be waited for, as after an exception in one of them.
         tensors: the module's tensors beside their averages.
         holds: which weights the tensors hold.
@@ -69,6 +70,7 @@ class Tracker:
         self.histories = [History() for _ in settings.decays]
         self.processes = world_size() if shard else 1
         self.sync_buffers: SyncBuffers | None = None
+        self.before_reading: Callable[[], None] | None = None
         self.collectives_off = False
         self.tensors = TrackedTensors(module, settings, into, self.processes > 1)
         self._weights = ModuleWeights.of(module)
@@ -230,6 +232,12 @@ class Tracker:
                 if id(parameter) in owned:
                     return True
         return False
+
+    def caught_up(self) -> Tracker:
+        """The same, once all steps are taken up that were taken so far."""
+        if self.before_reading is not None:
+            self.before_reading()
+        return self
 
     # --- values -------------------------------------------------------------------------------------------------------
 

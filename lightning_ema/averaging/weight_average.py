@@ -147,17 +147,17 @@ class WeightAverage:
     @property
     def decay(self) -> float:
         """The decay per step in force: that of the last step since the start, of the first one before it."""
-        return self._tracker.decay(self._place)
+        return self._tracker.caught_up().decay(self._place)
 
     @property
     def num_steps(self) -> int:
         """Steps taken."""
-        return self._tracker.num_steps
+        return self._tracker.caught_up().num_steps
 
     @property
     def num_updates(self) -> int:
         """How often the average was updated."""
-        return self._tracker.num_updates
+        return self._tracker.caught_up().num_updates
 
     # --- the swap -----------------------------------------------------------------------------------------------------
 
@@ -177,7 +177,7 @@ class WeightAverage:
             RuntimeError: the module carries another average of the same tensors; or something wrote to a parameter
                 inside the block. The live weights are back nevertheless.
         """
-        with self._tracker.holds.swapped(self._place, copy):
+        with self._tracker.caught_up().holds.swapped(self._place, copy):
             yield self._tracker.module
 
     def swap_in(self, copy: bool = False) -> None:
@@ -192,7 +192,7 @@ class WeightAverage:
         Raises:
             RuntimeError: the module carries another average of the same tensors.
         """
-        self._tracker.holds.swap_in(self._place, copy)
+        self._tracker.caught_up().holds.swap_in(self._place, copy)
 
     def swap_out(self) -> None:
         """Ends the swap: the module has its live weights again, bit for bit. Without a swap it does nothing.
@@ -214,10 +214,10 @@ class WeightAverage:
             RuntimeError: the module carries an average.
         """
         if keep:
-            self._tracker.holds.apply(self._place)
+            self._tracker.caught_up().holds.apply(self._place)
         else:
             as_before_step()  # updates of other averages still read the live weights
-            self._tracker.holds.apply_for_good(self._place)
+            self._tracker.caught_up().holds.apply_for_good(self._place)
 
     def restore(self) -> None:
         """Brings the live weights back after ``apply(keep=True)``; without it it does nothing.
@@ -235,14 +235,14 @@ class WeightAverage:
         A schedule that corrects the average gives fresh tensors, from the average and the live weights as they are. So
         does ``shard=True``, and all processes must take as many.
         """
-        return self._tracker.named_tensors(self._place)
+        return self._tracker.caught_up().named_tensors(self._place)
 
     def distance(self) -> float:
         """``||live - average|| / ||live||`` over all averaged tensors; NaN where they are not finite.
 
         Waits for an accelerator. Where weights are sharded, all processes must call it: each one sums over its shards.
         """
-        return self._tracker.distance(self._place)
+        return self._tracker.caught_up().distance(self._place)
 
     def report(self) -> str:
         """One paragraph for a person: steps and updates, how far back the average reaches, what gain to expect.
@@ -254,7 +254,7 @@ class WeightAverage:
         Returns:
             Sentences in one line, without any markup.
         """
-        return report(facts_of(self._tracker, self._place))
+        return report(facts_of(self._tracker.caught_up(), self._place))
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, settings and all averages by name: plain numbers, strings and tensors.
@@ -265,7 +265,7 @@ class WeightAverage:
         Returns:
             What stands under each key is told in ``docs/how-to/checkpoints.md``.
         """
-        return write(gather(self._tracker))
+        return write(gather(self._tracker.caught_up()))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up a state written by :meth:`state_dict`. Nothing is changed where it does not fit.

@@ -35,6 +35,7 @@ from lightning_ema.modules.batchnorm import statistics_of
 from lightning_ema.modules.named_tensors import Survey
 from lightning_ema.trainer import facts, strategies
 from lightning_ema.trainer.checkpoint_hook import Hook, ModuleHook
+from lightning_ema.trainer.save_hook import Save, SaveHook
 
 
 class Checkpointing:
@@ -58,6 +59,8 @@ class Checkpointing:
         module = cast(LightningModule, self._holder.require().module)
         ModuleHook.install(module, "on_save_checkpoint", self._around_save)
         ModuleHook.install(module, "on_load_checkpoint", self._around_load)
+        if (trainer := facts.trainer_of(module)) is not None:
+            SaveHook.install(trainer, self._around_file)
 
     def let_go(self) -> None:
         """Leaves the module's hooks as they were."""
@@ -65,6 +68,8 @@ class Checkpointing:
             module = self._holder.tracker.module
             ModuleHook.remove(module, "on_save_checkpoint", self._around_save)
             ModuleHook.remove(module, "on_load_checkpoint", self._around_load)
+            if (trainer := facts.trainer_of(module)) is not None:
+                SaveHook.remove(trainer, self._around_file)
 
     # --- saving -------------------------------------------------------------------------------------------------------
 
@@ -102,6 +107,23 @@ class Checkpointing:
             or None,
         )
         return write(entry)
+
+    def _around_file(self, trainer: Trainer, save: Save) -> None:
+        """While a file is written the module carries what the file holds, for every hook of everyone.
+
+        A sharded module after an exception in one process does not: :meth:`save` refuses that in its turn.
+        """
+        holder, pl_module = self._holder, trainer.lightning_module
+        holder.drop_if_over()
+        holder.update()
+        tracker = holder.of(pl_module)
+        ours = tracker is not None and self._callback in facts.callbacks(trainer)
+        if tracker is None or not ours or (tracker.sharded and facts.is_interrupted(trainer)):
+            save()
+            return
+        holder.check_processes(trainer)
+        with tracker.weights.as_evaluated(tracker.holds, holder.batches(trainer)):
+            save()
 
     def save(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """A checkpoint is put together: its ``state_dict`` becomes the average's."""

@@ -40,7 +40,7 @@ class Holder:
         snapshots: what is written of it in this fit.
         stepped: whether it took up steps in this batch.
         starting: takes the starting values anew; None like the engine.
-        before_forget: what is to be done before it is given up.
+        before_forget: what is to be done when it is given up, or over.
     """
 
     def __init__(self, settings: CallbackSettings) -> None:
@@ -66,6 +66,8 @@ class Holder:
             arguments["start_step"] = NOT_YET
         self.average = WeightAverage(pl_module, **arguments, shard=settings.shard and trainer.world_size > 1)
         self.tracker = tracker_of(self.average)
+        self.tracker.holds.before_drop = self.before_forget
+        self.tracker.before_reading = self.update
         self.starting = StartingValues(self.tracker, self.tracker.take_anew)
         self.tracker.holds.evaluated_by = settings.name if settings.evaluation.gives_average else ""
         if settings.recalibrate is not None:
@@ -94,8 +96,6 @@ class Holder:
 
     def forget(self) -> None:
         """Gives the average up."""
-        if self.tracker is not None and self.before_forget is not None:
-            self.before_forget()
         if self.tracker is not None:
             self.tracker.weights.drop(self.tracker.holds)
         self.average = self.tracker = self.starting = None

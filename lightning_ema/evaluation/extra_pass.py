@@ -88,7 +88,7 @@ def evaluate_again(
     are afterwards what they were.
 
     Args:
-        trainer: the trainer; in its sanity check nothing is run.
+        trainer: the trainer.
         pl_module: its module.
         begun: what :func:`begin` gave in this evaluation.
         carried: lets the module carry these weights. It is entered when all that an evaluation writes to, buffers too,
@@ -100,8 +100,6 @@ def evaluate_again(
     Raises:
         RuntimeError: the loaders gave no batch this time.
     """
-    if trainer.sanity_checking:
-        return []
     first = loop_of(trainer)
     states = RandomStates([part for loader in loaders_of(trainer) for part in parts(loader)])
     try:

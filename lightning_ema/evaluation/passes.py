@@ -50,8 +50,7 @@ class Passes:
         self._scored, self._could_select, self._begun = [], False, None
         if tracker is None or tracker.module is not pl_module or tracker.weights.holds_file:
             return
-        selects = self._evaluation.select is not None and facts.is_fitting(trainer)
-        if not trainer.sanity_checking and (selects or self._beside(tracker)):
+        if self._selects(trainer) or self._beside(tracker):
             self._begun = extra_pass.begin(trainer, pl_module)
 
     def select(
@@ -62,7 +61,7 @@ class Passes:
         The results are logged when logging is due, in :meth:`run`.
         """
         begun, select = self._begun, self._evaluation.select
-        if tracker is None or begun is None or select is None or not facts.is_fitting(trainer):
+        if tracker is None or begun is None or select is None or not self._selects(trainer):
             return None
         if not tracker.holds.gives_average:
             return None
@@ -87,6 +86,10 @@ class Passes:
             tracker.schedules,
             step,
         )
+
+    def _selects(self, trainer: Trainer) -> bool:
+        in_training = facts.is_fitting(trainer) and not trainer.sanity_checking
+        return self._evaluation.select is not None and in_training
 
     @property
     def due(self) -> bool:

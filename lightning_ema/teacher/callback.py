@@ -186,6 +186,9 @@ class TeacherCallback(Callback):
                 self._copy_buffers(tracker)
         return True
 
+    def _catch_up(self) -> None:
+        self.follow()
+
     @contextmanager
     def _in_words_of_teacher_and_student(self, tracker: Tracker) -> Iterator[None]:
         """Where the engine fails because the two are no longer built alike, says which of their tensors differ."""
@@ -220,6 +223,7 @@ class TeacherCallback(Callback):
         check_alike(student, teacher, self._buffers_follow)
         teacher.requires_grad_(False)
         self._average = _average(student, teacher, self._config)
+        tracker_of(self._average).before_reading = self._catch_up
         self._teacher, self._watched = teacher, Watched(teacher)
         return tracker_of(self._average)
 

@@ -51,7 +51,8 @@ class ModuleHook:
     @classmethod
     def install(cls, module: LightningModule, name: str, around: Around) -> None:
         """Installs a hook on the module, unless it is there already, be it below others of this kind."""
-        hook = vars(module).get(name)
+        while isinstance(hook := vars(module).get(name), cls) and hook._around() is None:
+            hook._take_out(module)  # of a callback that is gone
         while isinstance(hook, cls) and hook._around() != around:
             hook = hook._own
         if not isinstance(hook, cls):
@@ -59,14 +60,23 @@ class ModuleHook:
 
     @classmethod
     def remove(cls, module: nn.Module, name: str, around: Around) -> None:
-        """Removes the hook; what was there before comes back."""
+        """Removes the hook, from below others of this kind too; what was there before comes back."""
+        above: ModuleHook | None = None
         hook = vars(module).get(name)
-        if not isinstance(hook, cls) or hook._around() != around:
+        while isinstance(hook, cls) and hook._around() != around:
+            above, hook = hook, hook._own
+        if not isinstance(hook, cls):
             return
-        if hook._own is None:
-            delattr(module, name)
+        if above is None:
+            hook._take_out(module)
         else:
-            setattr(module, name, hook._own)
+            above._own = hook._own
+
+    def _take_out(self, module: nn.Module) -> None:
+        if self._own is None:
+            delattr(module, self._name)
+        else:
+            setattr(module, self._name, self._own)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MethodType:
         return _method_of_class(memo[id(self._module())], self._name)  # the copy of the module, under way

@@ -126,7 +126,7 @@ def results_of(loop: Any, trainer: Trainer) -> list[Result]:
         metric = None if logged.is_tensor else logged.value  # it synchronizes itself
         found[for_loggers] = Result(
             name=for_loggers,
-            value=values[for_loggers],
+            value=values[for_loggers] if for_loggers in values else loop._results._get_cache(logged, on_step=False),
             loader=meta.dataloader_idx,
             prog_bar=meta.prog_bar,
             logger=meta.logger,
@@ -203,6 +203,8 @@ class _WithoutCallbacks:
         self._trainer = trainer
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_trainer":  # of a copy that is being made, in which it is not there yet
+            raise AttributeError(name)
         return getattr(self._trainer, name)
 
 
