@@ -14,7 +14,7 @@ from lightning_ema.averaging.pair import Pair
 from lightning_ema.averaging.swap import Averages, Swap
 from lightning_ema.distributed.base import cut_of
 from lightning_ema.distributed.processes import SyncBuffers
-from lightning_ema.modules.batchnorm import Place, Statistics, estimate, hang_copies, statistics_of
+from lightning_ema.modules.batchnorm import Place, Statistics, estimate, insert_copies, statistics_of
 from lightning_ema.modules.named_tensors import Survey
 
 Batches = AbstractContextManager[Iterable[Any]]
@@ -320,7 +320,7 @@ class TensorSet:
         if not self.estimates:
             return
         module, updates = self.weights.module, self._tracked.num_updates
-        held.statistics = hang_copies(module)
+        held.statistics = insert_copies(module)
         current = self.estimates[held.place]
         if batches is not None and current.made_at != updates:
             with batches as inputs:
@@ -356,7 +356,7 @@ def _resume(held: Held) -> None:
 
 
 def _exchange(held: Held) -> None:
-    held.statistics = [place.hang() for place in held.statistics]
+    held.statistics = [place.insert() for place in held.statistics]
 
 
 def write(values: Mapping[str, Tensor], module: nn.Module) -> None:

@@ -37,20 +37,20 @@ class Place:
     leaf: str
     tensor: Tensor
 
-    def hang(self) -> Place:
-        """Hangs the tensor there; gives what hung there before."""
+    def insert(self) -> Place:
+        """Puts the tensor there; gives what was there before."""
         before = Place(self.table, self.leaf, self.table[self.leaf])  # type: ignore[arg-type]
         self.table[self.leaf] = self.tensor
         return before
 
 
-def hang_copies(module: nn.Module) -> list[Place]:
-    """Hangs copies in the places of all statistics, to be written to; gives what hung there before."""
+def insert_copies(module: nn.Module) -> list[Place]:
+    """Puts copies in the places of all statistics, to be written to; gives what was there before."""
     tables = {id(layer._buffers): layer._buffers for layer in _layers(module)}
     places = [Place(t, leaf, b) for t in tables.values() for leaf, b in t.items() if b is not None]
     with torch.inference_mode(False), torch.no_grad():
         copies = {id(place.tensor): place.tensor.clone() for place in places}
-    return [Place(place.table, place.leaf, copies[id(place.tensor)]).hang() for place in places]
+    return [Place(place.table, place.leaf, copies[id(place.tensor)]).insert() for place in places]
 
 
 def estimate(module: nn.Module, batches: Iterable[Any], together: bool) -> Statistics:
