@@ -131,6 +131,11 @@ class ModuleWeights:
 
     # --- after a fit --------------------------------------------------------------------------------------------------
 
+    def end_training(self, tensors: TensorSet) -> None:
+        """The last step of a fit is over for a set: who writes to the module from here on makes it theirs."""
+        tensors.left = True
+        self._edits = Edits(self.module)
+
     def leave(self, tensors: TensorSet, apply: bool) -> None:
         """A fit ends for a set: it is left with its live weights or, where there is one, with its average."""
         if apply and tensors.wants_average:

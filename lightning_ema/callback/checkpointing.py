@@ -35,7 +35,7 @@ from lightning_ema.modules.batchnorm import statistics_of
 from lightning_ema.modules.named_tensors import Survey
 from lightning_ema.trainer import facts, strategies
 from lightning_ema.trainer.checkpoint_hook import Hook, ModuleHook
-from lightning_ema.trainer.save_hook import Save, SaveHook
+from lightning_ema.trainer.method_hook import Call, around_save, leave_save
 
 
 class Checkpointing:
@@ -60,7 +60,7 @@ class Checkpointing:
         ModuleHook.install(module, "on_save_checkpoint", self._around_save)
         ModuleHook.install(module, "on_load_checkpoint", self._around_load)
         if (trainer := facts.trainer_of(module)) is not None:
-            SaveHook.install(trainer, self._around_file)
+            around_save(trainer, self._around_file)
 
     def let_go(self) -> None:
         """Leaves the module's hooks as they were."""
@@ -69,7 +69,7 @@ class Checkpointing:
             ModuleHook.remove(module, "on_save_checkpoint", self._around_save)
             ModuleHook.remove(module, "on_load_checkpoint", self._around_load)
             if (trainer := facts.trainer_of(module)) is not None:
-                SaveHook.remove(trainer, self._around_file)
+                leave_save(trainer, self._around_file)
 
     # --- saving -------------------------------------------------------------------------------------------------------
 
@@ -108,7 +108,7 @@ class Checkpointing:
         )
         return write(entry)
 
-    def _around_file(self, trainer: Trainer, save: Save) -> None:
+    def _around_file(self, trainer: Trainer, save: Call) -> None:
         """While a file is written the module carries what the file holds, for every hook of everyone.
 
         A sharded module after an exception in one process does not: :meth:`save` refuses that in its turn.

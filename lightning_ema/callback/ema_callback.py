@@ -188,18 +188,23 @@ class EMACallback(Callback):
             log(self._holder, self._passes, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._holder.drop_if_over()
         if self._settings.recalibrate is not None and self._holder.of(pl_module):  # while data are on the device
             self._evaluations.swap_in(trainer, pl_module)
             self._evaluations.swap_out()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._holder.update()
-        self._holder.clock.steps.release()
+        self._holder.stop(trainer)
+        if self._holder.tracker is None:  # someone wrote to the module in on_train_end
+            return
         say_at_end(self._holder, self._passes, trainer)
         if self._holder.snapshots is not None and self._holder.require().started:
             write(self._holder.snapshots, self.averages)
         self._holder.check_processes(trainer)
-        self._holder.leave(apply=self._settings.after_fit == "average")
+        self._holder.drop_if_over()
+        if self._holder.tracker is not None:
+            self._holder.leave(apply=self._settings.after_fit == "average")
 
     # --- an evaluation ------------------------------------------------------------------------------------------------
 
@@ -245,7 +250,7 @@ class EMACallback(Callback):
         except (RuntimeError, FloatingPointError) as error:  # the exception under way matters more
             holder.warn(str(error))
         finally:
-            holder.clock.steps.release()
+            holder.stop(trainer)
             if holder.tracker is not None and not fitting:
                 holder.reject_file()
             elif holder.tracker is not None and (began or not holder.tracker.holds.left):
@@ -253,7 +258,7 @@ class EMACallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._evaluations.swap_out()
-        self._holder.clock.steps.release()
+        self._holder.stop(trainer)
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from lightning_ema.posthoc.snapshots import Snapshots, take
 from lightning_ema.schedules.base import Plan
 from lightning_ema.trainer import facts, strategies, training_batches
 from lightning_ema.trainer.clock import Clock
+from lightning_ema.trainer.method_hook import Call, around_train_end, leave_train_end
 
 NOT_YET = sys.maxsize
 """The start step of an average that waits for an epoch; the start of training or of an epoch sets the real one."""
@@ -89,8 +90,8 @@ class Holder:
         self.tracker.weights.notice_edits()
         if self.tracker.holds.over:
             self.say(
-                "the module's weights were changed since the end of fit. They count from here; the average and the "
-                "live weights of that fit are dropped."
+                "the module's weights were changed since the end of training. They count from here; the average and "
+                "the live weights of that fit are dropped."
             )
             self.forget()
 
@@ -130,6 +131,19 @@ class Holder:
         elif self.tracker is not None:
             self.tracker.weights.begin(self.tracker.holds)
 
+    def around_train_end(self, trainer: Trainer, call: Call) -> None:
+        """Training is over: what anyone writes to the module in ``on_train_end`` is an edit of theirs."""
+        tracker = self.of(trainer.lightning_module)
+        if tracker is not None:
+            self.update()
+            tracker.weights.end_training(tracker.holds)
+        call()
+
+    def stop(self, trainer: Trainer) -> None:
+        """No step counts any more, and the end of training is nothing to wait for."""
+        self.clock.steps.release()
+        leave_train_end(trainer, self.around_train_end)
+
     def leave(self, apply: bool) -> None:
         """A fit ends: the module is left with its live weights or, where there is one, with the average."""
         tracker = self.require()
@@ -148,6 +162,7 @@ class Holder:
 
     def begin(self, trainer: Trainer) -> None:
         """Training begins: schedules and start learn the length of the run."""
+        around_train_end(trainer, self.around_train_end)
         tracker, settings = self.require(), self.settings
         plan = self.clock.begin(trainer, tracker.num_steps)
         start = tracker.start_step
