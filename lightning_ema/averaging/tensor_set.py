@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -10,12 +11,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from lightning_ema.averaging.buffers import Noted, buffers_put_back, note, put_back
 from lightning_ema.averaging.pair import Pair
 from lightning_ema.averaging.swap import Averages, Swap
 from lightning_ema.distributed.base import cut_of
 from lightning_ema.distributed.processes import SyncBuffers
 from lightning_ema.modules.batchnorm import Place, Statistics, estimate, insert_copies, statistics_of
-from lightning_ema.modules.named_tensors import Survey
+from lightning_ema.modules.named_tensors import BufferPlace, Survey
+
+_log = logging.getLogger(__name__)
 
 Batches = AbstractContextManager[Iterable[Any]]
 """Training batches to estimate BatchNorm statistics from."""
@@ -33,6 +37,9 @@ class Tracked(Protocol):
 
     def pairs(self) -> Iterable[Pair]:
         """All pairs, once an update under way is finished."""
+
+    def other_buffers(self) -> list[BufferPlace]:
+        """Buffers without an average, in which nothing stays that is written during a swap."""
 
     def to_carry(self, place: int) -> Averages:
         """What each pair is to carry of one of the averages."""
@@ -77,6 +84,7 @@ class Held:
         over: what was paused for it.
         statistics: where the BatchNorm statistics hang that do not hang in the module at present: those of the live
             weights, where the average carries statistics of its own; those of the average while it is paused.
+        buffers: those without an average, as they were.
     """
 
     tensors: TensorSet
@@ -86,6 +94,7 @@ class Held:
     paused: bool = False
     over: list[Held] = field(default_factory=list)
     statistics: list[Place] = field(default_factory=list)
+    buffers: list[Noted] = field(default_factory=list)
 
     def underlies(self, tensors: TensorSet) -> bool:
         """Whether a fit left the module with it, and so it is simply what this other set finds there."""
@@ -102,6 +111,7 @@ class TensorSet:
         left: whether a fit has ended, and none has begun since.
         over: whether its averages are to be dropped, because the module's weights are others' now.
         before_drop: what is to be done then.
+        say: tells the user of something.
     """
 
     def __init__(self, weights: Weights, tracked: Tracked) -> None:
@@ -111,6 +121,8 @@ class TensorSet:
         self.estimates: list[Estimate] = []
         self.left = self.over = False
         self.before_drop: Callable[[], None] | None = None
+        self.say: Callable[[str], None] = _log.info
+        self._told_of_buffers = False
         self._tracked = tracked
 
     # --- what it holds ------------------------------------------------------------------------------------------------
@@ -300,6 +312,8 @@ class TensorSet:
             for other in reversed(below):
                 held.over.append(other)
                 _pause(other)
+            if not applied:
+                held.buffers = note(tracked.other_buffers())
             held.swap.begin()
             self._put_statistics_in(held, batches)
         except BaseException:
@@ -311,10 +325,18 @@ class TensorSet:
             _exchange(held)
         held.statistics = []
         written = held.swap.end()
+        self._put_back_buffers(held)
         for other in reversed(held.over):
             _resume(other)
         self.weights.let_go(held)
         return written
+
+    def _put_back_buffers(self, held: Held) -> None:
+        told = [place for place in put_back(held.buffers) if not place.layers]
+        held.buffers = []
+        if told and not self._told_of_buffers:
+            self._told_of_buffers = True
+            self.say(buffers_put_back(told))
 
     def _put_statistics_in(self, held: Held, batches: Batches | None) -> None:
         if not self.estimates:

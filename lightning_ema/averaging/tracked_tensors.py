@@ -17,7 +17,7 @@ from lightning_ema.averaging.update import Updater
 from lightning_ema.distributed.base import cut_of, local
 from lightning_ema.distributed.processes import Groups
 from lightning_ema.modules.memory import is_expanded, overlapping, owns_storage, storage_of
-from lightning_ema.modules.named_tensors import Candidate, Survey, check_patterns, joins
+from lightning_ema.modules.named_tensors import BufferPlace, Candidate, Survey, check_patterns, joins, matches_any
 
 
 class TrackedTensors:
@@ -94,6 +94,15 @@ class TrackedTensors:
             for pair in self._pairs.values():
                 for tensor in pair.stored:
                     tensor.copy_(pair.beside(pair.live))
+
+    def other_buffers(self) -> list[BufferPlace]:
+        """Buffers without an average that training and evaluations share, but for those that ``exclude`` names."""
+        averaged = {name for pair in self._pairs.values() if pair.averages for name in pair.candidate.names}
+        return [
+            place
+            for place in self._survey.buffers
+            if place.name not in averaged and not matches_any([place.name], self._settings.exclude)
+        ]
 
     def take_anew(self, statistics: bool) -> None:
         """Sets every average to the live tensor again: no step was taken up so far.

@@ -26,6 +26,7 @@ from lightning_ema.distributed.processes import (
     sum_across,
     world_size,
 )
+from lightning_ema.modules.named_tensors import BufferPlace
 from lightning_ema.ops.lerp import all_finite, corrected, ratio, squared_norms
 from lightning_ema.schedules.base import Plan, Schedule
 from lightning_ema.schedules.history import History
@@ -316,6 +317,10 @@ class Tracker:
     def pairs(self) -> Iterable[Pair]:
         """All pairs, in the order of the module, once an update under way is finished."""
         return self.tensors.pairs()
+
+    def other_buffers(self) -> list[BufferPlace]:
+        """Buffers without an average, in which nothing stays that is written during a swap."""
+        return self.tensors.other_buffers()
 
     def to_carry(self, place: int) -> Iterator[tuple[Pair, Tensor]]:
         """What each pair is to carry of one of the averages; nothing for pairs that have not started."""

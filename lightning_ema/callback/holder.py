@@ -68,6 +68,7 @@ class Holder:
         self.average = WeightAverage(pl_module, **arguments, shard=settings.shard and trainer.world_size > 1)
         self.tracker = tracker_of(self.average)
         self.tracker.holds.before_drop = self.before_forget
+        self.tracker.holds.say = self.say
         self.tracker.before_reading = self.update
         self.starting = StartingValues(self.tracker, self.tracker.take_anew)
         self.tracker.holds.evaluated_by = settings.name if settings.evaluation.gives_average else ""

@@ -27,6 +27,9 @@ _WRAPPER_LEAVES = frozenset(
 )
 
 
+_WRITING_LAYERS = frozenset({"_NormBase", "ObserverBase", "FakeQuantizeBase"})  # their classes' names are in torch
+
+
 @dataclass(frozen=True, eq=False)
 class Candidate:
     """A tensor that could be averaged.
@@ -59,7 +62,23 @@ class Candidate:
 
     def matches(self, include: Sequence[str] | None, exclude: Sequence[str]) -> bool:
         """Whether any of its names matches ``include`` (None: all) and none matches ``exclude``."""
-        return (include is None or _any_match(self.names, include)) and not _any_match(self.names, exclude)
+        return (include is None or matches_any(self.names, include)) and not matches_any(self.names, exclude)
+
+
+@dataclass(frozen=True, eq=False)
+class BufferPlace:
+    """Where a buffer hangs, whatever its kind of numbers, and whether it is part of the ``state_dict``.
+
+    Attributes:
+        name: its qualified name.
+        table, leaf: ``table[leaf]`` is the buffer.
+        layers: whether it belongs to a normalization layer or an observer, which write to it in any forward pass.
+    """
+
+    name: str
+    table: Table
+    leaf: str
+    layers: bool
 
 
 class Survey:
@@ -68,6 +87,7 @@ class Survey:
     Attributes:
         candidates: what could be averaged.
         tensors: every parameter and every buffer of the ``state_dict``, integers too, by all of their names.
+        buffers: where every buffer hangs, integers and those outside of the ``state_dict`` too.
         reshards: what makes the module show its own tensors, where a forward pass may leave others in their place.
     """
 
@@ -76,6 +96,7 @@ class Survey:
         self.reshards: list[Callable[[], None]] = reshards_of(module)
         self.reshard()
         self.tensors: dict[str, Tensor] = {}
+        self.buffers: list[BufferPlace] = []
         places: dict[object, list[_Place]] = {}
         parameters_in: dict[str, list[Tensor]] = {}
         self._children: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
@@ -85,6 +106,8 @@ class Survey:
             self._tables += [parameters, buffers, children]
             self._children += [(children, leaf, child) for leaf, child in children.items() if child is not None]
             volatile = transient_buffers(owner)
+            layers = any(kind.__name__ in _WRITING_LAYERS for kind in type(owner).__mro__)
+            self.buffers += [BufferPlace(f"{path}{leaf}", buffers, leaf, layers) for leaf in buffers]
             for around in _around(path):
                 parameters_in.setdefault(around, []).extend(t for t in parameters.values() if t is not None)
             for table, is_buffer in ((parameters, False), (buffers, True)):
@@ -182,9 +205,10 @@ def check_patterns(survey: Survey, include: Sequence[str] | None, exclude: Seque
         ValueError: naming the pattern and some of the names there are.
     """
     names = [name for candidate in survey.candidates for name in candidate.names]
-    for argument, patterns in (("include", include or ()), ("exclude", exclude)):
+    buffers = [place.name for place in survey.buffers]  # what is written to these in an evaluation can be kept
+    for argument, patterns, known in (("include", include or (), names), ("exclude", exclude, names + buffers)):
         for pattern in patterns:
-            if not _any_match(names, [pattern]):
+            if not matches_any(known, [pattern]):
                 shown = ", ".join(names[:6]) + (f", ... ({len(names)} in all)" if len(names) > 6 else "")
                 raise ValueError(
                     f"{argument}={list(patterns)!r}: {pattern!r} matches no tensor of {survey.owner}. "
@@ -233,5 +257,6 @@ def without_wrappers(key: str) -> str:
     return ".".join(part for part in key.split(".") if part not in _WRAPPER_LEAVES)
 
 
-def _any_match(names: Sequence[str], patterns: Sequence[str]) -> bool:
+def matches_any(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    """Whether any of the names matches any of the glob patterns."""
     return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)

@@ -16,8 +16,8 @@ Around = Callable[[Trainer, Call], None]
 class MethodHook:
     """Stands in the place of one method of one object and calls ``around(trainer, call)`` instead.
 
-    `X
-    a pickle of the object has its class's own method.
+    ``call`` does what the method does, and ``around`` calls it in its turn. It holds the callback weakly; a deep copy
+    or a pickle of the object has its class's own method.
     """
 
     def __init__(self, trainer: Trainer, owner: object, name: str, around: Around) -> None:
