@@ -159,7 +159,8 @@ class ModuleWeights:
 
         What was kept of that fit is dropped then: the sets that took part in it are ``over``.
         """
-        if self._edits is not None and not self._edits.intact():
+        swapped = any(not held.applied for held in self.held)  # then it has other contents for a while
+        if self._edits is not None and not swapped and not self._edits.intact():
             self._end_of_fit()
 
     def drop(self, tensors: TensorSet) -> None:
