@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 
 import torch
@@ -27,13 +27,13 @@ class Noted:
     contents: Tensor
 
 
-def note(places: Iterable[BufferPlace]) -> list[Noted]:
-    """Notes buffers before other weights are carried."""
+def note(places: Iterable[BufferPlace], but: Set[int]) -> list[Noted]:
+    """Notes buffers before other weights are carried, but for tensors of these ``id``s, which carry an average too."""
     noted = []
     with torch.inference_mode(False), torch.no_grad():
         for place in places:
             tensor = place.table.get(place.leaf)
-            if tensor is not None:
+            if tensor is not None and id(tensor) not in but:
                 noted.append(Noted(place, tensor, local(tensor).detach().clone()))
     return noted
 

@@ -10,7 +10,7 @@ set of tensors that is averaged. They alone change what the module holds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 from weakref import WeakSet, WeakValueDictionary
@@ -87,6 +87,10 @@ class ModuleWeights:
         others = [each for each in self._together_with(tensors) if each is not tensors and each.evaluated_by]
         return [each.evaluated_by for each in others if tensors.evaluated_by and each.meets(tensors)]
 
+    def averaged_by_others(self, tensors: TensorSet) -> Set[int]:
+        """The ``id`` of each tensor of which another set of the module keeps an average."""
+        return {one for each in self._sets if each is not tensors and not each.over for one in each.averaged()}
+
     def catch_up(self, tensors: TensorSet) -> None:
         """Lets all averages of these tensors take up their steps, which they cannot during a swap."""
         everywhere = [each for weights in list(self.known.values()) for each in list(weights._sets)]
@@ -134,7 +138,7 @@ class ModuleWeights:
     def end_training(self, tensors: TensorSet) -> None:
         """The last step of a fit is over for a set: who writes to the module from here on makes it theirs."""
         tensors.left = True
-        self._edits = Edits(self.module)
+        self._edits = Edits(self.module, contents=True)
 
     def leave(self, tensors: TensorSet, apply: bool) -> None:
         """A fit ends for a set: it is left with its live weights or, where there is one, with its average."""

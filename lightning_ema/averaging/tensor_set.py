@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -57,6 +57,9 @@ class Weights(Protocol):
     @property
     def holds_file(self) -> bool:
         """Whether the module holds the weights of a file that is evaluated after a fit."""
+
+    def averaged_by_others(self, tensors: TensorSet) -> Set[int]:
+        """The ``id`` of each tensor of which another set of the module keeps an average."""
 
     def catch_up(self, tensors: TensorSet) -> None:
         """Lets all averages of these tensors take up their steps, which they cannot during a swap."""
@@ -286,6 +289,10 @@ class TensorSet:
     def _top(self) -> Held | None:
         return next((h for h in reversed(self.weights.held) if h.tensors is self and not h.paused), None)
 
+    def averaged(self) -> Set[int]:
+        """The ``id`` of each of its tensors that has an average."""
+        return {id(pair.live) for pair in self._tracked.pairs() if pair.averages}
+
     def catch_up(self) -> None:
         """Lets its averages take up all steps that were taken so far."""
         self._tracked.caught_up()
@@ -313,7 +320,7 @@ class TensorSet:
                 held.over.append(other)
                 _pause(other)
             if not applied:
-                held.buffers = note(tracked.other_buffers())
+                held.buffers = note(tracked.other_buffers(), but=self.weights.averaged_by_others(self))
             held.swap.begin()
             self._put_statistics_in(held, batches)
         except BaseException:

@@ -46,7 +46,8 @@ class StepCounter:
     def __init__(self) -> None:
         self._owns: Callable[[Optimizer], bool] | None = None
         self._handles: tuple[RemovableHandle, ...] = ()
-        self._taken: dict[Optimizer, int] = {}
+        self._taken: dict[Optimizer, int] = {}  # in this batch
+        self._given = self._left = 0  # of this batch's steps, and of earlier ones'
         self._running: dict[int, list[_Running]] = {}  # by thread: steps of several threads overlap in any way
         self._open = False
         self.missed = 0
@@ -71,6 +72,7 @@ class StepCounter:
         self._handles = ()
         self._owns = None
         self._taken.clear()
+        self._given = self._left = 0
         self._running.clear()
         self.before_first = None
         self._open = False
@@ -80,6 +82,10 @@ class StepCounter:
         if self._running:
             self._count_within()
             self._running.clear()  # what is left there raised, in an earlier batch
+        if self._taken:
+            self._left += max(self._taken.values()) - self._given
+            self._taken.clear()
+        self._given = 0
         self._open = True
 
     def close(self) -> None:
@@ -92,13 +98,14 @@ class StepCounter:
         return bool(self._taken) or any(step.within for running in self._running.values() for step in running)
 
     def take(self) -> int:
-        """The steps since the last call: the most that any one optimizer took. A GAN's batch is one step."""
+        """The steps since the last call: in a batch the most that any one optimizer took. A GAN's batch is one step."""
         if self._running:
             self._count_within()
-        if not self._taken:
+        if not self._taken and not self._left:
             return 0
-        steps = max(self._taken.values())
-        self._taken.clear()
+        most = max(self._taken.values(), default=0)
+        steps = self._left + most - self._given
+        self._left, self._given = 0, most
         return steps
 
     def _count_within(self) -> None:

@@ -301,7 +301,7 @@ def test_the_live_weights_beside_an_average_that_is_carried():
 
     class Averages(Twice):
         def on_fit_start(self, trainer, pl_module):
-            self.average = WeightAverage(pl_module, decay=Constant(0.5))
+            self.average = WeightAverage(pl_module, decay=Constant(0.5), exclude=["seen"])
 
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             self.average.step()

@@ -48,7 +48,7 @@ def test_the_first_one_has_no_claim_any_more(after_fit, caplog):
     held = clones(module.state_dict())
     with caplog.at_level("INFO"):
         fit(module, first, start)
-    assert "the module's weights were changed since the end of fit" in caplog.text
+    assert "the module's weights were changed since the end of training" in caplog.text
     assert equal(start.start, held)
     assert first.average.num_steps == 2 * BATCHES
 

@@ -177,7 +177,7 @@ def test_weights_that_the_user_loads_between_two_fits_count(after_fit, caplog):
         fit(module, callback, First())
     assert equal(seen, loaded)
     assert callback.average.num_updates == 2 * BATCHES
-    assert "changed since the end of fit" in caplog.text
+    assert "changed since the end of training" in caplog.text
 
 
 def test_another_module_starts_anew():

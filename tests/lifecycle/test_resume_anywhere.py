@@ -453,7 +453,7 @@ class TestAFileIsTestedAfterFit:
         with caplog.at_level("INFO"):
             fit(module, callback, First())
         assert equal(seen, mine)
-        assert "changed since the end of fit" in caplog.text
+        assert "changed since the end of training" in caplog.text
 
 
 def test_one_callback_over_folds_models_and_trainers():
