@@ -13,7 +13,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "lightning_ema"
 PICTURE = Path(__file__).parent / "images" / "house.svg"
 FLOORS = [  # from the ground up; what stands on one floor does not import from its neighbours
-    ("ops", "checks"),
+    ("ops", "checks", "files"),
     ("schedules", "distributed"),
     ("modules",),
     ("checkpoint", "trainer", "recipes"),

@@ -7,6 +7,7 @@ import pickle
 import sys
 
 from lightning_ema.cli import import_file, plot, recommend, synthesize
+from lightning_ema.files.text import printable
 from lightning_ema.interop.export import describe, export_average
 
 
@@ -32,14 +33,16 @@ def main(arguments: list[str] | None = None) -> int:
     plot.add_to(commands)
     given = parser.parse_args(arguments)
     try:
-        print(given.run(given))
+        print(printable(str(given.run(given))))
     except (OSError, ValueError, ModuleNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 1
     except pickle.UnpicklingError:
         print(
-            f"error: {given.file} holds objects of classes that torch does not load from files it should not trust "
-            "(often hyper-parameters). If you trust who wrote it, add --trust.",
+            printable(
+                f"error: {given.file} holds objects of classes that torch does not load from files it should not "
+                "trust (often hyper-parameters). If you trust who wrote it, add --trust."
+            ),
             file=sys.stderr,
         )
         return 1

@@ -20,6 +20,7 @@ from lightning_ema.averaging.weight_average import WeightAverage, tracker_of
 from lightning_ema.callback import messages
 from lightning_ema.callback.messages import partitioned_among_others, still_rising, too_long
 from lightning_ema.callback.settings import CallbackSettings
+from lightning_ema.files.writing import check_folder
 from lightning_ema.posthoc.snapshots import Snapshots, take
 from lightning_ema.schedules.base import Plan
 from lightning_ema.trainer import facts, strategies, training_batches
@@ -127,6 +128,8 @@ class Holder:
         if snapshots is not None and snapshots.dirpath is None:
             snapshots = replace(snapshots, dirpath=Path(trainer.default_root_dir) / "snapshots")
         self.snapshots = None if facts.is_trial(trainer) else snapshots
+        if self.snapshots is not None and self.snapshots.dirpath is not None and trainer.is_global_zero:
+            check_folder(Path(self.snapshots.dirpath), f"EMACallback {self.settings.name!r}: snapshots")
         if self.of(pl_module) is None:
             self.forget()
         elif self.tracker is not None:

@@ -14,6 +14,7 @@ All functions but :func:`in_slot`, :func:`put_back` and :func:`whole` must be ca
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from lightning_ema.checkpoint.checks import shown
 from lightning_ema.checkpoint.entry import KEYS, check_format, damaged, tensor_sets
 from lightning_ema.distributed.base import cut_of
 from lightning_ema.distributed.dtensor import one_of_each_process
+from lightning_ema.files.reading import load as load_file
 
 Slot = dict[str, Any]
 _NOTE = "sharded"  # the key of the entry that says which tensors lie beside it
@@ -112,7 +114,17 @@ def _load(tensors: dict[str, Any], folder: str | Path) -> None:
     """Fills the tensors from a folder. What torch does that with takes long to import, and most runs never need it."""
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    load(tensors, checkpoint_id=folder)
+    from lightning_ema.checkpoint.shard_files import ShardReader, check_tensors
+
+    reader = ShardReader(Path(folder))
+    flat = {f"{slot}.{key}" for slot, inside in tensors.items() for key in _keys(inside)}
+    check_tensors(reader.read_metadata(), dict.fromkeys(flat), Path(folder))
+    load(tensors, storage_reader=reader)
+
+
+def _keys(tensors: dict[str, Any]) -> Iterator[str]:
+    for key, value in tensors.items():
+        yield from (f"{key}.{inner}" for inner in _keys(value)) if isinstance(value, dict) else (key,)
 
 
 def _check_stamp(stamp: Tensor, note: dict[str, Any], where: str) -> None:
@@ -153,9 +165,9 @@ def whole(folder: Path, trust: bool = False) -> dict[str, Any]:
     Raises:
         ValueError: the folder is no complete checkpoint.
     """
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load_state_dict
+
+    from lightning_ema.checkpoint.shard_files import ShardReader, read_index, tensors_in
 
     missing = [name for name in (_SHARDS, _REST) if not (folder / name).is_file()]
     if missing:
@@ -163,14 +175,15 @@ def whole(folder: Path, trust: bool = False) -> dict[str, Any]:
             f"{folder} is no complete checkpoint: {' and '.join(missing)} missing. Either its save did not end, or it "
             "is no checkpoint of a Trainer."
         )
-    content: dict[str, Any] = torch.load(folder / _REST, map_location="cpu", weights_only=not trust)
+    content: dict[str, Any] = load_file(folder / _REST, trust=trust)
     notes = [note_of(entry) for entry in content.get("callbacks", {}).values()]
     wanted = {"state_dict", *(note["slot"] for note in notes if note is not None)}
     tensors: dict[str, Any] = {}
-    metadata = FileSystemReader(folder).read_metadata()
-    for key, (first, *rest) in metadata.planner_data.items():
-        stored = metadata.state_dict_metadata[key]
-        if first in wanted and isinstance(stored, TensorStorageMetadata):
+    index = read_index(folder)
+    stored_tensors = tensors_in(index)
+    for key, (first, *rest) in index.planner_data.items():
+        stored = stored_tensors.get(key)
+        if first in wanted and stored is not None:
             place = tensors.setdefault(first, {})
             for part in rest[:-1]:
                 place = place.setdefault(part, {})
@@ -179,7 +192,7 @@ def whole(folder: Path, trust: bool = False) -> dict[str, Any]:
         warnings.filterwarnings("ignore", message=".*single process")  # which is meant here
         # deprecated, but in early versions the one public way that waits for no other process of a run
         warnings.filterwarnings("ignore", category=FutureWarning)
-        load_state_dict(tensors, FileSystemReader(folder), no_dist=True)  # type: ignore[no-untyped-call,unused-ignore]
+        load_state_dict(tensors, ShardReader(folder), no_dist=True)  # type: ignore[no-untyped-call,unused-ignore]
     return {**content, **tensors}
 
 

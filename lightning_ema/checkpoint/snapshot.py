@@ -11,7 +11,6 @@ weights) stands in ``rest``, once. Entries that are not tensors are left out.
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ema.distributed.base import cut_of
+from lightning_ema.files.reading import load as load_file
+from lightning_ema.files.writing import whole_or_not
 from lightning_ema.modules.memory import memory_of
 from lightning_ema.modules.named_tensors import Survey, without_wrappers
 from lightning_ema.schedules.history import History, Stretch
@@ -133,12 +134,8 @@ def pack(
 def save(content: Mapping[str, Any], path: Path) -> None:
     """Writes a file at once or not at all: to a temporary file beside it, which then takes its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+    with whole_or_not(path) as temporary:
         torch.save(dict(content), temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -148,7 +145,7 @@ def load(path: Path) -> dict[str, Any]:
         ValueError: this is no snapshot, it is damaged, or a newer version wrote it.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = load_file(path, mmap=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
         raise ValueError(f"{path} is damaged, or no snapshot ({error}). Leave it out or delete it.") from error
     if not isinstance(content, dict) or _AVERAGES not in content or _ENTRIES not in content:

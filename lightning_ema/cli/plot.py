@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lightning_ema.checks import check_count
+from lightning_ema.files.writing import whole_or_not
 from lightning_ema.schedules.base import Plan, Schedule
 from lightning_ema.schedules.profiles import every, mean_age, profile
 from lightning_ema.schedules.text import read_schedule
@@ -82,7 +83,8 @@ def plot_schedules(
         axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", frameon=False)
     target = Path(path)
-    figure.savefig(target, dpi=100)
+    with whole_or_not(target) as temporary:
+        figure.savefig(temporary, dpi=100, format=target.suffix.removeprefix(".") or None)
     return target
 
 

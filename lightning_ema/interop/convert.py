@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from lightning_ema.checkpoint.entry import STATE_KEY_PREFIX, CallbackEntry, state_key, stored_average
 from lightning_ema.checkpoint.entry import write as write_entry
 from lightning_ema.checks import check_count, check_one_of
+from lightning_ema.files.reading import load as load_file
+from lightning_ema.files.writing import whole_or_not
 from lightning_ema.interop.export import write_weights
 from lightning_ema.interop.imported import Content, Imported, Reader, Weights, callbacks_of, state_of, tensors
 from lightning_ema.interop.naming import named_in_order, renamed
@@ -173,7 +175,8 @@ def write(imported: Imported, path: str | Path, form: Form, *, steps: int | None
             "anew would wipe it out. Give them: --steps N (in Python steps=N)."
         )
     check_count(known, "steps", at_least=1)
-    torch.save(as_checkpoint(imported, known, name), path)
+    with whole_or_not(Path(path)) as temporary:
+        torch.save(as_checkpoint(imported, known, name), temporary)
     return Path(path)
 
 
@@ -291,11 +294,11 @@ def _load(file: str | Path | Content, allow_code: bool) -> Content:
     if isinstance(file, Mapping):
         return file
     if Path(file).suffix == ".safetensors":
-        from safetensors.torch import load_file
+        from safetensors.torch import load_file as load_safetensors
 
-        return load_file(file)
+        return load_safetensors(file)
     try:
-        content = torch.load(file, map_location="cpu", weights_only=not allow_code)
+        content = load_file(Path(file), trust=allow_code)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{file} cannot be read without running code that is in it, or is no file of torch.save "

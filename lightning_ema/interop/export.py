@@ -14,6 +14,8 @@ from torch import Tensor
 from lightning_ema.checkpoint import entry as entries
 from lightning_ema.checkpoint import sharded as sharded_checkpoint
 from lightning_ema.checkpoint.entry import STATE_KEY_PREFIX, CallbackEntry, find, state_key
+from lightning_ema.files.reading import load as load_file
+from lightning_ema.files.writing import whole_or_not
 from lightning_ema.modules.named_tensors import without_wrappers
 from lightning_ema.ops.lerp import corrected, relative_distance
 from lightning_ema.schedules.base import horizon
@@ -98,15 +100,13 @@ def write_weights(weights: Mapping[str, Tensor], path: str | Path, metadata: dic
         ModuleNotFoundError: ``.safetensors`` is asked for and not installed.
     """
     target = _with_suffix(Path(path))
-    if target.suffix == ".safetensors":
-        from safetensors.torch import save_file
+    with whole_or_not(target) as temporary:
+        if target.suffix == ".safetensors":
+            from safetensors.torch import save_file
 
-        target.touch()
-        mode = target.stat().st_mode  # that of any new file, or of the one that is replaced
-        save_file({key: value.contiguous().clone() for key, value in weights.items()}, target, metadata)
-        target.chmod(mode)  # save_file leaves it to its owner alone
-    else:
-        torch.save({key: value.clone() for key, value in weights.items()}, target)
+            save_file({key: value.contiguous().clone() for key, value in weights.items()}, temporary, metadata)
+        else:
+            torch.save({key: value.clone() for key, value in weights.items()}, temporary)
     return target
 
 
@@ -161,11 +161,7 @@ def read(checkpoint: Checkpoint, trust: bool) -> Mapping[str, Any]:
     if isinstance(checkpoint, Mapping):
         return checkpoint
     path = Path(checkpoint)
-    content: dict[str, Any] = (
-        sharded_checkpoint.whole(path, trust)
-        if path.is_dir()
-        else torch.load(path, map_location="cpu", weights_only=not trust)
-    )
+    content: dict[str, Any] = sharded_checkpoint.whole(path, trust) if path.is_dir() else load_file(path, trust=trust)
     for entry in content.get("callbacks", {}).values():
         note = sharded_checkpoint.note_of(entry)
         slot = None if note is None else sharded_checkpoint.in_slot(note, content)
