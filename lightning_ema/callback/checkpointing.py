@@ -20,16 +20,12 @@ from lightning_ema.checkpoint.entry import (
     CallbackEntry,
     Recalibrated,
     add_averages,
-    changes,
-    find,
-    foreign,
     lacking,
-    other_settings,
     read,
-    state_key,
     stored_average,
     write,
 )
+from lightning_ema.checkpoint.section import changes, find, foreign, other_settings, state_key
 from lightning_ema.evaluation.passes import Passes
 from lightning_ema.modules.batchnorm import statistics_of
 from lightning_ema.modules.named_tensors import Survey

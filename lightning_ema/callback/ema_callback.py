@@ -18,7 +18,7 @@ from lightning_ema.callback.evaluations import Evaluations
 from lightning_ema.callback.holder import Holder
 from lightning_ema.callback.reporting import log, say_at_end
 from lightning_ema.callback.settings import AfterFit, CallbackSettings
-from lightning_ema.checkpoint.entry import state_key
+from lightning_ema.checkpoint.section import state_key
 from lightning_ema.evaluation.passes import Passes
 from lightning_ema.evaluation.settings import Evaluate
 from lightning_ema.posthoc.snapshots import Snapshots, discard_future, write

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_ema.checkpoint.checksum import sum_of, sum_of_plain
 from lightning_ema.modules.named_tensors import without_wrappers
 
 Sets = Mapping[str, Mapping[str, Tensor]]
@@ -19,8 +20,8 @@ Sets = Mapping[str, Mapping[str, Tensor]]
 
 # --- one value ------------------------------------------------------------------------------------------------------
 
-LARGEST = 2**53
-"""The largest count. No run comes near it, and each whole number up to it is one in JSON and in float64, too."""
+LARGEST = 10**12
+"""The largest count. No run comes near it."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def whole(least: int = 0, most: int = LARGEST, accepted: str | None = None) -> K
     def fits(value: object) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
-    return simple(accepted or f"a whole number from {least} to 2**53", fits)
+    return simple(accepted or f"a whole number from {least} to 10**12", fits)
 
 
 def number(least: float, most: float, accepted: str) -> Kind:
@@ -221,17 +222,24 @@ def contradictions(e: Mapping[str, Any], sets: Sets, state_dict: Mapping[str, An
     yield from _names(e)
     yield from _sums(e)
     yield from _unlike(sets)
+    yield from _sums_of_tensors(e, sets)
     if state_dict is not None:
         yield from _misplaced(e, sets, state_dict)
+    yield from _sums_of_plain(e)
 
 
 def _unlisted(e: Mapping[str, Any], sets: Sets) -> Iterator[str]:
     """Tensors that an entry should hold and does not, and the other way round."""
     listed = e["stored"]
     for key in dict.fromkeys([*sets, *listed]):
-        there, should = sets.get(key, {}), set(listed.get(key, ()))
-        yield from (f"{key}[{name!r}] is missing" for name in listed.get(key, ()) if name not in there)
-        yield from (f"{key}[{name!r}] is not listed in stored" for name in there if name not in should)
+        there, should = sets.get(key, {}), listed.get(key, {})
+        yield from (f"{key}[{name!r}] is missing" for name in should if name not in there)
+        for name, tensor in there.items():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            if name not in should:
+                yield f"{key}[{name!r}] is not listed in stored"
+            elif should[name]["dtype"] != dtype:
+                yield f"{key}[{name!r}] is {shown(tensor)}, and was written as {should[name]['dtype']}"
         if key not in listed:
             yield f"stored[{key!r}] is missing, while there is {key}"
         if key not in sets:
@@ -293,6 +301,24 @@ def _sums(e: Mapping[str, Any]) -> Iterator[str]:
                 f"histories[{place}] counts {steps} steps, while it is {since} from start_step to last_update_step, "
                 f"{e['start_step']} to {e['last_update_step']}"
             )
+
+
+def _sums_of_tensors(e: Mapping[str, Any], sets: Sets) -> Iterator[str]:
+    """Tensors that are not what was written. Shards of a folder have no sum: they are cut anew."""
+    for key, tensors in sets.items():
+        for name, tensor in tensors.items():
+            written = e["stored"].get(key, {}).get(name, {}).get("sum")
+            if written is not None and sum_of(tensor) != written:
+                yield f"{key}[{name!r}] does not hold what was written: its checksum differs"
+
+
+def _sums_of_plain(e: Mapping[str, Any]) -> Iterator[str]:
+    """Numbers, text and names that are not what was written."""
+    sums = e["checksums"]
+    for key, value in e.items():
+        if key != "checksums" and sums.get(key) != sum_of_plain(value):
+            yield f"{key} is not what was written: it differs from checksums[{key!r}]"
+    yield from (f"{key} is missing, and is in checksums" for key in sums if key not in e)
 
 
 def _unlike(sets: Sets) -> Iterator[str]:

@@ -11,7 +11,7 @@ stands in :func:`lightning_ema.checkpoint.checks.contradictions`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -35,13 +35,15 @@ from lightning_ema.checkpoint.checks import (
     kind_of,
     list_of,
     number,
+    or_none,
     record,
     record_problems,
     shown,
     whole,
 )
+from lightning_ema.checkpoint.checksum import sum_of, sum_of_plain
+from lightning_ema.distributed.base import cut_of
 from lightning_ema.schedules.history import History
-from lightning_ema.schedules.text import as_whole
 
 FORMAT = 2
 """The format that is written, and the only one that is read so far."""
@@ -84,6 +86,7 @@ _HISTORY = record(
         "unrecorded_updates": COUNT,
     }
 )
+_SUM = whole(-(2**63), 2**63 - 1, "a whole number of 64 bits")
 _STATISTICS = record({"at": whole(-1), "statistics": TENSORS})
 _STEP = whole(0, sys.maxsize, "a whole number from 0 on")  # an average that waits for an epoch starts at the largest
 
@@ -178,7 +181,17 @@ E = TypeVar("E", bound=AverageState)
 _FRAME = {
     "format": Key(whole(FORMAT, FORMAT, str(FORMAT)), "the format of the entry", since=1),
     "stored": Key(
-        dict_of(NAMES, "a dictionary from sets of tensors to names"), "which tensors there are in each set of the entry"
+        dict_of(
+            dict_of(
+                record({"dtype": DTYPE, "sum": or_none(whole(-(2**63), 2**63))}), "a dictionary from names to sums"
+            ),
+            "a dictionary from sets of tensors to their names",
+        ),
+        "the tensors in each set of the entry: dtype, and a checksum of the bytes (None for shards in a folder)",
+    ),
+    "checksums": Key(
+        dict_of(whole(0, 2**32 - 1, "a whole number of 32 bits"), "a dictionary from keys to sums"),
+        "of what is no tensor under each of the other keys",
     ),
 }
 
@@ -215,7 +228,30 @@ def write(entry: AverageState) -> dict[str, Any]:
     values = {each.name: getattr(entry, each.name) for each in fields(entry)}
     plain = {key: _plain(value) for key, value in values.items() if value is not None}
     plain["histories"] = [_with_sums(history, entry) for history in entry.histories]
-    return {"format": FORMAT, **plain, "stored": {key: list(tensors) for key, tensors in tensor_sets(plain).items()}}
+    written = {"format": FORMAT, **plain}
+    written["stored"] = {key: _listed(tensors) for key, tensors in tensor_sets(plain).items()}
+    seal(written)
+    return written
+
+
+def seal(entry: dict[str, Any]) -> None:
+    """Sums up anew what is no tensor under each key of an entry, after it was changed."""
+    entry["checksums"] = {key: sum_of_plain(value) for key, value in entry.items() if key != "checksums"}
+
+
+def list_tensors(entry: dict[str, Any], key: str) -> None:
+    """Lists anew the tensors in one set of an entry, after they were changed."""
+    entry["stored"][key] = _listed(tensor_sets(entry)[key])
+
+
+def _listed(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    return {
+        name: {
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "sum": None if cut_of(tensor).sharded else sum_of(tensor),
+        }
+        for name, tensor in tensors.items()
+    }
 
 
 def _plain(value: Any) -> Any:
@@ -246,7 +282,8 @@ def lacking(entry: Mapping[str, Any], names: Iterable[str]) -> list[str]:
 def add_averages(entry: dict[str, Any], averages: Mapping[str, Tensor]) -> None:
     """Puts averages into an entry that was written: what a user's hook took out of ``state_dict``."""
     entry[_AVERAGE].update(averages)
-    entry["stored"][_AVERAGE] = list(entry[_AVERAGE])
+    list_tensors(entry, _AVERAGE)
+    seal(entry)
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -335,64 +372,3 @@ def misfits(entry: AverageState, tensors: Mapping[str, Tensor]) -> list[str]:
         elif name in tensors and kind_of(tensor) != kind_of(tensors[name]):
             found.append(f"{name}: {kind_of(tensor)} numbers in the state, {kind_of(tensors[name])} in the module")
     return list(dict.fromkeys(found))
-
-
-# --- entries in a checkpoint ----------------------------------------------------------------------------------------
-
-STATE_KEY_PREFIX = "EMACallback{"
-
-
-def state_key(name: str) -> str:
-    """Under which key of ``checkpoint["callbacks"]`` a callback of this name keeps its entry."""
-    return f"{STATE_KEY_PREFIX}'name': {name!r}}}"
-
-
-_WHERE = ("device",)  # a setting that changes where an update is made, and nothing about the average
-
-
-def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between the settings in a file and those in force, and matters to the average: a line each.
-
-    Numbers are alike that Python and YAML write differently, 1 and 1.0.
-    """
-    both = [(key, then.get(key, value), value) for key, value in now.items() if key not in _WHERE]
-    differing = [each for each in both if as_whole(str(each[1])) != as_whole(str(each[2]))]
-    return [f"{key}: {was} in the file, {value} now" for key, was, value in differing]
-
-
-def other_settings(changed: Sequence[str]) -> str:
-    """A warning where a run is resumed with other settings than its file was written with."""
-    return f"the checkpoint was written with other settings; those given now hold: {'; '.join(changed)}."
-
-
-def foreign(checkpoint: Mapping[str, Any]) -> tuple[int, int, dict[str, Tensor]] | None:
-    """Steps, updates and live ``state_dict`` from a file of Lightning's ``WeightAveraging``; None for other files.
-
-    In such a file ``state_dict`` is the average, too.
-    """
-    if "current_model_state" not in checkpoint or "averaging_state" not in checkpoint:
-        return None
-    updates = int(checkpoint["averaging_state"].get("n_averaged", 0))
-    states = [s for k, s in checkpoint.get("callbacks", {}).items() if "WeightAveraging" in k and isinstance(s, dict)]
-    steps = max([int(state.get("latest_update_step", 0)) for state in states], default=0)
-    live: dict[str, Tensor] = checkpoint["current_model_state"]
-    return max(steps, updates), updates, live
-
-
-def find(checkpoint: Mapping[str, Any], state_key: str) -> dict[str, Any] | None:
-    """This callback's entry as it is stored; None for a checkpoint that holds no averages of ours at all.
-
-    Raises:
-        ValueError: the checkpoint holds averages, but none under this name.
-    """
-    entries: Mapping[str, Any] = checkpoint.get("callbacks", {})
-    if state_key in entries:
-        entry: dict[str, Any] = entries[state_key]
-        return entry
-    others = [key for key in entries if key.startswith(STATE_KEY_PREFIX)]
-    if others:
-        raise ValueError(
-            f"the checkpoint holds no average under {state_key}, but under {', '.join(others)}. Give the callback the "
-            "name it had when the file was written, EMACallback(name=...)."
-        )
-    return None

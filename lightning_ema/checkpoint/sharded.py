@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lightning_ema.checkpoint.checks import shown
-from lightning_ema.checkpoint.entry import KEYS, check_format, damaged, tensor_sets
+from lightning_ema.checkpoint.entry import KEYS, check_format, damaged, list_tensors, seal, tensor_sets
 from lightning_ema.distributed.base import cut_of
 from lightning_ema.distributed.dtensor import one_of_each_process
 from lightning_ema.files.reading import load as load_file
@@ -50,7 +50,7 @@ def note_of(entry: object) -> dict[str, Any] | None:
 
 def gather(entry: dict[str, Any], keep: bool) -> None:
     """Puts whole tensors into an entry in place of sharded ones; without ``keep`` they only leave it."""
-    for tensors in tensor_sets(entry).values():
+    for key, tensors in tensor_sets(entry).items():
         for name, tensor in list(tensors.items()):
             if cut_of(tensor).sharded:
                 whole = cut_of(tensor).gathered(tensor)
@@ -59,6 +59,9 @@ def gather(entry: dict[str, Any], keep: bool) -> None:
                 else:
                     del tensors[name]
                 del whole  # before the next one is gathered
+        if keep:
+            list_tensors(entry, key)
+    seal(entry)
 
 
 def set_apart(entry: dict[str, Any], slot_name: str, save_id: int) -> Slot:
@@ -77,6 +80,7 @@ def set_apart(entry: dict[str, Any], slot_name: str, save_id: int) -> Slot:
     dtypes = {kind: {name: str(t.dtype).removeprefix("torch.") for name, t in ts.items()} for kind, ts in slot.items()}
     stamp = one_of_each_process(save_id, [tensor for tensors in slot.values() for tensor in tensors.values()])
     entry[_NOTE] = {"slot": slot_name, "save_id": save_id, "processes": stamp.numel(), "dtypes": dtypes}
+    seal(entry)
     return {**slot, "save_id": stamp}
 
 

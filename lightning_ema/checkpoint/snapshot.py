@@ -3,10 +3,11 @@
     {"format", "run", "step", "start_step",
      "averages": [{"config", "stretches": [{"decay", "gaps", "counts"}], "tensors": {name: tensor}}, ...],
      "entries": [[key of the module's state_dict, name of the average or "", dtype], ...],
-     "rest": {key: tensor}}
+     "rest": {key: tensor}, "sums": {key: sum}, "checksum": number}
 
 ``entries`` lists the whole ``state_dict`` of the module in its order. What is not averaged (integer buffers, frozen
-weights) stands in ``rest``, once. Entries that are not tensors are left out.
+weights) stands in ``rest``, once. Entries that are not tensors are left out. ``sums`` has a checksum of the bytes of
+each tensor, those of an average under ``<place>:<name>``; ``checksum`` is one of all that is no tensor.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_ema.checkpoint.checksum import sum_of, sum_of_plain
 from lightning_ema.distributed.base import cut_of
 from lightning_ema.files.reading import load as load_file
 from lightning_ema.files.writing import whole_or_not
@@ -33,6 +35,7 @@ FORMAT = 1
 # the keys of a file, of each of its averages, and of the record of an average's updates
 _FORMAT, _RUN, _STEP, _START_STEP = "format", "run", "step", "start_step"
 _AVERAGES, _ENTRIES, _REST = "averages", "entries", "rest"
+_SUMS, _CHECKSUM = "sums", "checksum"
 _CONFIG, _STRETCHES, _TENSORS = "config", "stretches", "tensors"
 
 
@@ -113,7 +116,7 @@ def pack(
     """
     tensors = {key: value for key, value in module.state_dict().items() if isinstance(value, Tensor)}
     entries = _entries(module, names, tensors)
-    return {
+    content = {
         _FORMAT: FORMAT,
         _RUN: averages[0].history.run,
         _STEP: step,
@@ -129,6 +132,19 @@ def pack(
         _ENTRIES: [[entry.key, entry.name, str(entry.dtype).removeprefix("torch.")] for entry in entries],
         _REST: {entry.key: _copied(tensors[entry.key], keep) for entry in entries if not entry.name},
     }
+    seal(content)
+    return content
+
+
+def seal(content: dict[str, Any]) -> None:
+    """Sums up what a snapshot holds, once it holds all of it."""
+    content[_SUMS] = {key: sum_of(tensor) for key, tensor in _all_tensors(content).items()}
+    content[_CHECKSUM] = sum_of_plain({key: value for key, value in content.items() if key != _CHECKSUM})
+
+
+def _all_tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    of_averages = {f"{n}:{name}": t for n, a in enumerate(content[_AVERAGES]) for name, t in a[_TENSORS].items()}
+    return {**of_averages, **{f":{key}": tensor for key, tensor in content[_REST].items()}}
 
 
 def save(content: Mapping[str, Any], path: Path) -> None:
@@ -166,6 +182,10 @@ def read(path: Path) -> Snapshot:
     """
     content = load(path)
     try:
+        if sum_of_plain({key: value for key, value in content.items() if key != _CHECKSUM}) != content[_CHECKSUM]:
+            raise ValueError("numbers or names in it are not what was written: their checksum differs")
+        if _all_tensors(content).keys() != content[_SUMS].keys():
+            raise ValueError("it has other tensors than were written")
         averages = content[_AVERAGES]
         kept = {**History().state_dict(), _RUN: content[_RUN]}
         histories = [History.from_state_dict({**kept, _STRETCHES: average[_STRETCHES]}) for average in averages]
@@ -198,6 +218,10 @@ def tensors_of(path: Path) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         ValueError: as :func:`load`.
     """
     content = load(path)
+    for key, tensor in _all_tensors(content).items():
+        if sum_of(tensor) != content[_SUMS].get(key):
+            name = key.partition(":")[2]
+            raise ValueError(f"{path} is damaged: {name} does not hold what was written. Leave it out or delete it.")
     return [average[_TENSORS] for average in content[_AVERAGES]], content[_REST]
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import struct
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+
+DAMAGES = (LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, struct.error)
+"""What reading a damaged pickle raises, beside what torch says of one."""
 
 
 def load(path: Path, *, trust: bool = False, mmap: bool = False) -> Any:
@@ -23,7 +27,12 @@ def load(path: Path, *, trust: bool = False, mmap: bool = False) -> Any:
         RuntimeError, EOFError: it is damaged.
     """
     check_size(path)
-    return torch.load(path, map_location="cpu", weights_only=not trust, mmap=mmap)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=not trust, mmap=mmap)
+    except DAMAGES as error:
+        if trust:  # then they may come from the code in it
+            raise
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
 
 def check_size(path: Path) -> None:
@@ -32,10 +41,11 @@ def check_size(path: Path) -> None:
     Raises:
         ValueError: naming it.
     """
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):  # no zip file, or one that torch will refuse
         return
-    with zipfile.ZipFile(path) as archive:
-        records = archive.infolist()
     total = sum(record.file_size for record in records)
     if any(record.compress_type != zipfile.ZIP_STORED for record in records) or total > path.stat().st_size:
         raise ValueError(

@@ -12,8 +12,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_ema.checkpoint.entry import STATE_KEY_PREFIX, CallbackEntry, state_key, stored_average
+from lightning_ema.checkpoint.entry import CallbackEntry, stored_average
 from lightning_ema.checkpoint.entry import write as write_entry
+from lightning_ema.checkpoint.section import STATE_KEY_PREFIX, state_key
 from lightning_ema.checks import check_count, check_one_of
 from lightning_ema.files.reading import load as load_file
 from lightning_ema.files.writing import whole_or_not

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lightning_ema.checkpoint import entry as entries
 from lightning_ema.checkpoint import sharded as sharded_checkpoint
-from lightning_ema.checkpoint.entry import STATE_KEY_PREFIX, CallbackEntry, find, state_key
+from lightning_ema.checkpoint.entry import CallbackEntry
+from lightning_ema.checkpoint.section import STATE_KEY_PREFIX, find, state_key
 from lightning_ema.files.reading import load as load_file
 from lightning_ema.files.writing import whole_or_not
 from lightning_ema.modules.named_tensors import without_wrappers

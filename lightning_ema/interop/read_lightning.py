@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_ema.checkpoint.entry import foreign
+from lightning_ema.checkpoint.section import foreign
 from lightning_ema.interop.imported import (
     Content,
     Imported,

@@ -22,7 +22,8 @@ from lightning_ema.averaging.starting_values import StartingValues
 from lightning_ema.averaging.state_dict import gather, resume
 from lightning_ema.averaging.tracker import Tracker
 from lightning_ema.averaging.weight_average import WeightAverage, tracker_of
-from lightning_ema.checkpoint.entry import RunEntry, changes, other_settings, read, write
+from lightning_ema.checkpoint.entry import RunEntry, read, write
+from lightning_ema.checkpoint.section import changes, other_settings
 from lightning_ema.modules.batchnorm import statistics_of
 from lightning_ema.modules.named_tensors import Survey
 from lightning_ema.schedules.base import Plan

@@ -2,7 +2,10 @@
 
 import ast
 import copy
+import json
 import math
+import struct
+import zlib
 from pathlib import Path
 
 import pytest
@@ -20,15 +23,13 @@ from lightning_ema.checkpoint.entry import (
     Recalibrated,
     RunEntry,
     add_averages,
-    changes,
-    find,
-    foreign,
     keys_of,
     lacking,
     read,
     stored_average,
     write,
 )
+from lightning_ema.checkpoint.section import changes, find, foreign
 from lightning_ema.modules.named_tensors import Survey
 
 PACKAGE = Path(__file__).parents[2] / "lightning_ema"
@@ -114,8 +115,9 @@ class TestWriting:
                 for decay in (0.5, 0.75)
             ],
             "biases": [0.0, 0.0],
-            "stored": {"average": ["weight", "bias"], "further[0]": ["weight", "bias"], "origin": []},
+            "stored": {"average": listed(7.0), "further[0]": listed(4.625), "origin": {}},
         }
+        assert written.pop("checksums") == {key: crc(written[key]) for key in written}
         assert written.keys() == by_hand.keys()
         assert [key for key in by_hand if key != "histories" and not loosely(written[key], by_hand[key])] == []
         assert written["histories"] == by_hand["histories"]
@@ -146,6 +148,28 @@ class TestWriting:
         add_averages(entry, {"weight": filled(7.0)["weight"]})
         assert lacking(entry, ["weight", "bias"]) == ["bias"]
         assert read(entry, CallbackEntry, held).average.keys() == {"weight"}
+
+
+def crc(value):
+    """Of what is no tensor, as JSON."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(each) for key, each in value.items() if not isinstance(each, torch.Tensor)}
+        return [plain(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+    return zlib.crc32(json.dumps(plain(value), sort_keys=True).encode())
+
+
+def listed(value):
+    """What is stored of a weight of shape (2, 3) and a bias of 2: the sum by Python's own numbers."""
+
+    def of(count):
+        data = struct.pack(f"<{count}f", *[value] * count)
+        words = struct.unpack(f"<{-(-len(data) // 8)}q", data + b"\0" * (-len(data) % 8))
+        return (sum(word * (2 * place + 1) for place, word in enumerate(words)) + count + 2**63) % 2**64 - 2**63
+
+    return {"weight": {"dtype": "float32", "sum": of(6)}, "bias": {"dtype": "float32", "sum": of(2)}}
 
 
 def loosely(written, by_hand):
@@ -210,33 +234,6 @@ TENSORS = {
 }
 """What is put in the place of a tensor of shape (2, 3)."""
 
-FREE, OTHER = "text that says something else, and nothing depends on it", "another number in its range"
-WEIGHTS = "live weights, and so averages, may be so: a run that diverged is resumed as it is"
-WIDTH = "an average may be kept in wider numbers than the module's"
-EVERYWHERE = {
-    ("config", "dict"): "no setting is told, so that no difference is; the settings given hold",
-    **{(f"histories.{place}.run", "text"): FREE for place in (0, 1)},
-    **{(f"histories.{place}.stretches.0.decay", "text"): FREE for place in (0, 1)},
-    **{(f"biases.{place}", kind): OTHER for place in (0, 1) for kind in ("fraction", "negative")},
-    **{(f"{key}.weight", "not finite"): WEIGHTS for key in ("average", "further.0", "origin")},
-    **{(f"{key}.weight", "wider"): WIDTH for key in ("average", "further.0", "origin")},
-}
-IN_A_CALLBACK = {
-    ("pace.0", "None"): "the length of an epoch is not known",
-    ("pace.1", "negative"): OTHER,
-    ("decay", "missing"): "it is told where it is known, and nothing is made of it",
-    ("live.weight", "not finite"): WEIGHTS,
-    ("live.weight", "wider"): WIDTH,
-    ("sharded", "missing"): "nothing lies beside the entry, and the entry holds all",
-    ("sharded.slot", "text"): "the name of another folder; that there is none is found where it is looked for",
-    ("sharded.save_id", "too large"): "shards of another save; they are refused where they are read",
-    **{
-        (f"sharded.dtypes{key}", kind): "tensors that lie beside the entry are listed in it; here none lies there"
-        for key, kind in (("", "dict"), (".average", "missing"), (".average", "dict"), (".average.weight", "missing"))
-    },
-}
-"""Damages that are none: an entry with them is read. Where, of what kind, and why."""
-
 
 def damages(clean):
     """Each damage to an entry: where, of what kind, and the entry."""
@@ -292,11 +289,11 @@ def take(average, kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "harmless", "counts"),
-    [(CallbackEntry, EVERYWHERE | IN_A_CALLBACK, (1573, 1546, 27)), (AverageState, EVERYWHERE, (1030, 1015, 15))],
-    ids=["callback", "average"],
+    ("kind", "tried"),
+    [(CallbackEntry, 2543), (AverageState, 1677)],
+    ids=["callback, 2543 of 2543", "average, 1677 of 1677"],
 )
-def test_a_damaged_entry_is_refused_by_its_key_and_changes_nothing(kind, harmless, counts):
+def test_every_damage_to_an_entry_is_refused_by_its_key_and_changes_nothing(kind, tried):
     full = tracked(Constant(0.5), Bema())
     clean = write(callback_entry(full) if kind is CallbackEntry else gather(engine(full)))
     table = list(damages(clean))
@@ -307,7 +304,7 @@ def test_a_damaged_entry_is_refused_by_its_key_and_changes_nothing(kind, harmles
         return average, full_state(average), take(average, kind)
 
     average, before, load = target()
-    said, read_all_the_same = [], set()
+    said, accepted = [], []
     for path, damage, entry in table:
         place = (".".join(map(str, path)), damage)
         try:
@@ -315,13 +312,13 @@ def test_a_damaged_entry_is_refused_by_its_key_and_changes_nothing(kind, harmles
         except ValueError as error:
             said.append((path[0], str(error)))
         else:
-            read_all_the_same.add(place)
+            accepted.append(place)
             average, before, load = target()
             continue
         assert same(full_state(average), before), place
-    assert read_all_the_same == harmless.keys()
+    assert accepted == []
     assert [(key, message) for key, message in said if str(key) not in message] == []
-    assert (len(table), len(said), len(harmless)) == counts  # tried, refused, harmless
+    assert len(table) == len(said) == tried
     load(clean)  # which was not damaged by all this
     assert same(average.state_dict()["average"], filled(7.0)) and average.num_steps == 3
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_ema import Constant, HalfLife, Power, Schedule, Snapshots, WeightAverage
+from lightning_ema.checkpoint.entry import seal
 from lightning_ema.checkpoint.snapshot import load, read
 from lightning_ema.posthoc.snapshots import discard_future, files_in, take, thinned, write
 from lightning_ema.schedules import Plan
@@ -314,6 +315,7 @@ class TestRefusals:
         state = average.state_dict()
         (history,) = state["histories"]
         state["histories"] = [history | {"stretches": [], "unrecorded_steps": 1, "unrecorded_updates": 1}]
+        seal(state)
         average.load_state_dict(state)
         average.step()
         with pytest.raises(ValueError, match=r"does not say at which steps.*start\(\)"):
