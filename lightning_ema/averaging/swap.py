@@ -15,6 +15,7 @@ from lightning_ema.averaging.pair import Pair
 from lightning_ema.distributed.base import local
 from lightning_ema.distributed.processes import SyncBuffers, sync_buffers_
 from lightning_ema.modules.named_tensors import Table, without_wrappers
+from lightning_ema.modules.own_loading import like
 from lightning_ema.ops.lerp import exchange_
 from lightning_ema.ops.step_hooks import as_before_step
 
@@ -337,7 +338,7 @@ def lasting(state_dict: dict[str, Any], returning: Iterable[Tensor]) -> dict[str
         inside = local(value).untyped_storage().data_ptr() in storages
         return value.detach().clone() if inside else value.detach()
 
-    return {key: kept(value) for key, value in state_dict.items()}
+    return like(state_dict, {key: kept(value) for key, value in state_dict.items()})
 
 
 def not_held(pairs: Iterable[tuple[Pair, Tensor]], state_dict: dict[str, Any]) -> list[str]:

@@ -196,14 +196,14 @@ class TrackedTensors:
         return {known[name].name: tensor for name, tensor in named.items()}
 
     def lacking(self, averages: Sequence[Mapping[str, Tensor]], buffers_begin: bool = False) -> list[str]:
-        """What a state would have to hold besides its tensors that are :meth:`wanted`, a line for each name.
+        """What a state would have to hold besides its tensors that are :meth:`wanted`: the names.
 
         Args:
             averages: its tensors, for each decay.
             buffers_begin: buffers that are not among them begin with the live ones.
         """
         return [
-            f"{name}: not in the state"
+            name
             for name, pair in self._pairs.items()
             for tensors in averages
             if name not in tensors and not (buffers_begin and pair.candidate.is_buffer)
@@ -220,6 +220,13 @@ class TrackedTensors:
         for name in self._unbounded & self._pairs.keys():
             del self._pairs[name]
         self._refresh()
+
+    def begin_live(self, names: Collection[str], live: Mapping[str, Tensor]) -> None:
+        """Sets the averages of these tensors to their live values."""
+        with torch.no_grad():
+            for pair in (self._pairs[name] for name in names if name in self._pairs):
+                for stored in pair.stored:
+                    pair.write(stored, live.get(pair.name, pair.live.detach()))
 
     def load(self, averages: Sequence[Mapping[str, Tensor]], origin: Mapping[str, Tensor]) -> None:
         """Takes over a state's tensors that are :meth:`wanted`, once they were found to fit.

@@ -16,6 +16,7 @@ from lightning_ema.averaging.tensor_set import write as write_into
 from lightning_ema.callback import sharded_files
 from lightning_ema.callback.holder import Holder
 from lightning_ema.callback.messages import adopted, not_returned, resumed, save_needs_all
+from lightning_ema.callback.own_loading import FileLoading
 from lightning_ema.checkpoint.entry import (
     CallbackEntry,
     Recalibrated,
@@ -48,7 +49,16 @@ class Checkpointing:
         self._holder = holder
         self._passes = passes
         self._key = state_key(holder.settings.name)
+        self._loading = FileLoading()
         holder.before_forget = self.let_go
+
+    def expect_file(self, module: LightningModule) -> None:
+        """A fit may load a file into the module: what is in it is kept before the module's own hook sees it."""
+        ModuleHook.install(module, "on_load_checkpoint", self._around_load)
+
+    def end_loading(self) -> None:
+        """No file is to be loaded any more before training."""
+        self._loading.forget()
 
     def take_hold(self) -> None:
         """Stands in the module's own checkpoint hooks, again where it was displaced."""
@@ -186,7 +196,7 @@ class Checkpointing:
         entry = None
         if stored is not None:
             sharded_files.fetch(trainer, pl_module, checkpoint, stored)
-            entry = read(stored, CallbackEntry)
+            entry = self._loading.migrated(pl_module, read(stored, CallbackEntry))
         if entry is None and others is None:
             holder.say("the checkpoint holds no average; it starts from its weights.")
             if not holder.clock.steps.held:
@@ -194,7 +204,7 @@ class Checkpointing:
         holder.build(trainer, pl_module)
         tracker = holder.require()
         if entry is not None:
-            self._resume(entry)
+            self._resume(entry, strict=getattr(pl_module, "strict_loading", True))
             if changed := changes(entry.config, holder.settings.describe()):
                 holder.warn(other_settings(changed))
             holder.say(resumed(tracker.num_steps, tracker.num_updates))
@@ -213,20 +223,28 @@ class Checkpointing:
         tracker = self._holder.of(pl_module)
         if trainer is not None and tracker is not None and not facts.is_fitting(trainer):
             tracker.weights.store()
+        self._loading.keep(checkpoint)
         own(checkpoint)
 
-    def _resume(self, entry: CallbackEntry) -> None:
+    def _resume(self, entry: CallbackEntry, strict: bool) -> None:
         holder, tracker = self._holder, self._holder.require()
-        resume(tracker, entry, Survey(tracker.module).tensors)
+        known = Survey(tracker.module).tensors
+        gone_on = resume(tracker, entry, known, entry.live, strict)
+        if news := gone_on.said([repr(schedule) for schedule in holder.settings.average.decays]):
+            holder.warn(f"the checkpoint is of other averages: {news}.")
         holder.clock.resume(entry.steps_before, entry.pace)
         if holder.settings.evaluation.select is not None:
-            tracker.holds.selected, self._passes.num_selections = entry.selected, entry.num_selections
+            selected = gone_on.places.index(entry.selected) if entry.selected in gone_on.places else 0
+            tracker.holds.selected, self._passes.num_selections = selected, entry.num_selections
         if tracker.holds.estimates and entry.recalibrated is not None:
             of_file = statistics_of(tracker.module)  # those of the first average lie in state_dict
-            for place, kept in enumerate(entry.recalibrated):
-                statistics = kept.statistics if place > 0 else of_file
-                tracker.holds.estimates[place] = Estimate(kept.at, {name: t.clone() for name, t in statistics.items()})
-        write_into(entry.live, tracker.module)
+            for place, before in enumerate(gone_on.places):
+                if before is not None and before < len(entry.recalibrated):
+                    kept = entry.recalibrated[before]
+                    statistics = kept.statistics if before > 0 else of_file
+                    copies = {name: t.clone() for name, t in statistics.items()}
+                    tracker.holds.estimates[place] = Estimate(kept.at, copies)
+        write_into({name: tensor for name, tensor in entry.live.items() if name in known}, tracker.module)
 
     def _adopt(self, steps: int, updates: int, live: dict[str, Tensor]) -> None:
         """Takes over an average of Lightning's ``WeightAveraging``; one without an update is none yet."""
@@ -246,6 +264,6 @@ class Checkpointing:
                 origin=loaded,
             )
             resume(tracker, state)
-        tracker.module.load_state_dict(live, strict=False)
+        write_into(self._loading.live_of_another(cast(LightningModule, tracker.module), live), tracker.module)
         if updates == 0 and tracker.started:
             tracker.start()

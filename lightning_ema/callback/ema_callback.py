@@ -148,6 +148,7 @@ class EMACallback(Callback):
         holder.drop_if_over()
         if stage == "fit":
             holder.begin_fit(trainer, pl_module)
+            self._checkpointing.expect_file(pl_module)
             if strategies.spawns(trainer):
                 holder.warn(messages.will_not_return())
 
@@ -157,6 +158,7 @@ class EMACallback(Callback):
             self._checkpointing.take_hold()
             sizes = [tensor.numel() for _, tensor in self._holder.require().named_live()]
             self._holder.say(messages.introduction(self._settings.average.decays, sizes))
+        self._checkpointing.end_loading()
         self._holder.count()
         self._holder.check_processes(trainer)
         check_no_overlap(self._holder.require())

@@ -87,3 +87,11 @@ class ModuleHook:
 
 def _method_of_class(module: Any, name: str) -> MethodType:
     return MethodType(getattr(type(module), name), module)
+
+
+def own_hook(module: LightningModule, name: str) -> Hook:
+    """The module's own hook, below all that stand in its place."""
+    hook = vars(module).get(name)
+    while isinstance(hook, ModuleHook):
+        hook = hook._own
+    return hook or _method_of_class(module, name)
