@@ -6,12 +6,13 @@ import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Any
 
 from torch import Tensor
 
 from lightning_ema.averaging.settings import Settings
 from lightning_ema.averaging.tracker import Tracker
-from lightning_ema.checkpoint.entry import AverageState, misfits
+from lightning_ema.checkpoint.entry import AverageState, CallbackEntry, misfits
 from lightning_ema.modules.named_tensors import Survey
 from lightning_ema.schedules.history import History
 
@@ -110,9 +111,11 @@ def resume(
     _check_origin(settings, state)
     known = Survey(tracker.module).tensors
     left = () if strict else tuple(name for name in state.names if name not in known)
-    names = tuple(name for name in state.names if name not in left)
+    if left:
+        state = _without(state, frozenset(left))
+    names = state.names
     held = {name: held[name] for name in names if name in held}
-    whole = replace(state, average={**held, **state.average}, names=names)
+    whole = replace(state, average={**held, **state.average})
     tensors.refresh_if_stale()
     same_buffers = state.config.get("buffers") == settings.buffers
     if same_buffers:
@@ -145,6 +148,23 @@ def resume(
     histories = tuple(History() if place is None else state.histories[place] for place in places)
     tracker.resume(replace(state, histories=histories))
     return Resumed(tuple(places), tuple(dropped), tuple(dict.fromkeys(lacking)), left)
+
+
+def _without(state: AverageState, left: frozenset[str]) -> AverageState:
+    """The state without tensors of these names, in any of its sets."""
+
+    def kept(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in tensors.items() if name not in left}
+
+    live: dict[str, Any] = {"live": kept(state.live)} if isinstance(state, CallbackEntry) else {}
+    return replace(
+        state,
+        names=tuple(name for name in state.names if name not in left),
+        average=kept(state.average),
+        further=tuple(map(kept, state.further)),
+        origin=kept(state.origin),
+        **live,
+    )
 
 
 def _places(settings: Settings, state: AverageState) -> tuple[list[int | None], list[str]]:

@@ -13,7 +13,7 @@ ROW = 1 << 12
 """Words that are weighted alike in each row."""
 
 ROWS = 1 << 3
-"""Rows that are summed at once, which bounds the memory that it takes to 1 MiB."""
+"""Rows that are summed at once, which bounds the memory that it takes to a few times 256 KiB."""
 
 
 def sum_of(tensor: Tensor) -> int:

@@ -29,6 +29,7 @@ from lightning_ema import (
     WeightAverage,
 )
 from lightning_ema.averaging.report import LARGE_START, REACHED, SMALL_DISTANCE, Facts, facts_of, report
+from lightning_ema.checkpoint.entry import seal
 from lightning_ema.schedules.profiles import Ages
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(a tenth of the horizon|used to create the checkpoint)")
@@ -282,6 +283,7 @@ class TestFacts:
         if lose == "the history":
             (history,) = state["histories"]
             state["histories"] = [history | {"stretches": [], "unrecorded_steps": 3, "unrecorded_updates": 3}]
+            seal(state)
         second = WeightAverage(engine(first).module, Constant(0.75))
         second.load_state_dict(state)
         trained(second, (1,) * 2)

@@ -157,10 +157,6 @@ def test_a_state_resumes_all_of_them_bit_for_bit(tmp_path):
 def test_states_that_do_not_fit_are_refused():
     net = network()
     three = WeightAverage(net, [0.9, 0.99, 0.999])
-    with pytest.raises(
-        ValueError, match=r"of decay=\[Warmup.*, 3 in all; asked for is decay=Warmup\(0.999\), 1 in all"
-    ):
-        WeightAverage(net).load_state_dict(three.state_dict())
     message = r"written without Bema\(\) and does not hold the weights at the start.* Go on with decay=Warmup\(0.999\)"
     with pytest.raises(ValueError, match=message):
         WeightAverage(net, Bema()).load_state_dict(WeightAverage(net).state_dict())

@@ -445,11 +445,10 @@ class TestState:
             assert value(second) == value(whole)
             assert second.state_dict() == {**whole.state_dict(), "average": dict(second.named_tensors())}
 
-    def test_the_state_holds_no_copies(self, count_allocations):
+    def test_the_state_holds_no_copies(self):
         average = WeightAverage(nn.Linear(100, 100))
-        with count_allocations() as allocated:
-            average.state_dict()
-        assert allocated.total == 0
+        held = {name: tensor.data_ptr() for name, tensor in average.named_tensors()}
+        assert {name: tensor.data_ptr() for name, tensor in average.state_dict()["average"].items()} == held
 
     def test_a_state_that_does_not_fit_is_refused_with_all_differences_and_changes_nothing(self):
         source = WeightAverage(nn.ModuleDict({"a": nn.Linear(1, 1), "b": nn.Linear(2, 1)}))

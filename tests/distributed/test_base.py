@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lightning_ema import Constant, WeightAverage
+from lightning_ema.checkpoint.entry import list_tensors, seal
 from lightning_ema.distributed import base
 from lightning_ema.distributed.whole import Whole
 
@@ -74,7 +75,9 @@ def test_a_state_is_read_back_as_it_was_kept(padded):
     average = WeightAverage(Net(), Constant(0.75))
     average.step()
     again = WeightAverage(Net(), Constant(0.75))
-    again.load_state_dict({**average.state_dict(), "average": {"flat": torch.ones(3), "plain": torch.ones(1)}})
+    state = {**average.state_dict(), "average": {"flat": torch.ones(3), "plain": torch.ones(1)}}
+    list_tensors(state, "average"), seal(state)
+    again.load_state_dict(state)
     assert dict(again.named_tensors())["flat"].tolist() == [1.0, 1.0, 9.0]
 
 

@@ -112,12 +112,6 @@ def test_the_command_line_takes_any_of_them_and_names_the_range(tmp_path, capsys
     assert "further averages stored here: 1" in capsys.readouterr().out
 
 
-def test_a_file_of_another_number_of_decays_is_refused(tmp_path):
-    fit(seeded(), EMACallback([0.9, 0.99])).save_checkpoint(tmp_path / "file.ckpt")
-    with pytest.raises(ValueError, match=r"2 in all; asked for is decay=Warmup\(0.99\), 1 in all"):
-        fit(seeded(), EMACallback(0.99), ckpt_path=tmp_path / "file.ckpt")
-
-
 def logged(tmp_path, callback):
     fit(seeded(), callback, logger=CSVLogger(tmp_path), log_every_n_steps=1)
     with next(tmp_path.rglob("metrics.csv")).open() as file:
