@@ -16,7 +16,7 @@ from lightning_ema.distributed.base import local
 from lightning_ema.distributed.processes import SyncBuffers, sync_buffers_
 from lightning_ema.modules.named_tensors import Table, without_wrappers
 from lightning_ema.modules.own_loading import like
-from lightning_ema.ops.lerp import exchange_
+from lightning_ema.ops.exchange import Exchange
 from lightning_ema.ops.step_hooks import as_before_step
 
 Averages = Iterable[tuple[Pair, Tensor]]
@@ -258,7 +258,7 @@ class _Contents:
     watched: bool
     version: int = -1
     written: bool = False
-    swapped: bool = False
+    exchange: Exchange | None = None
     carried: Tensor | None = None
 
     @classmethod
@@ -267,51 +267,47 @@ class _Contents:
         alike = average.dtype == tensor.dtype and average.device == tensor.device
         if alike and not copy and kept is None:
             watched = not pair.candidate.is_buffer and pair.cut.stored_as_live
-            return cls(pair, average, "exchange", live=average, watched=watched)
+            exchange = Exchange(local(tensor).data, local(average))
+            return cls(pair, average, "exchange", live=average, watched=watched, exchange=exchange)
         return cls(pair, average, "overwrite", live=tensor.data.clone() if kept is None else kept, watched=False)
 
     def swap_in(self) -> None:
-        if self.how == "exchange":
-            self._exchange()
+        if self.exchange is not None:
+            self.exchange.there()
         else:
             self.pair.live.data.copy_(self.average)
-            self.swapped = True
         self.version = self.pair.version
 
     def end(self) -> None:
-        if self.how == "overwrite":
+        if self.exchange is not None:
+            self.exchange.back()
+        else:
             self.pair.live.data.copy_(self.live)
-        elif self.swapped:
-            self._exchange()
         for table, leaf in self.pair.candidate.slots:
             _put_back(table, leaf, self.pair.live)
 
     def pause(self) -> None:
         self.written = self.was_written()
-        if self.how == "overwrite":
+        if self.exchange is not None:
+            self.exchange.back()
+        elif self.carried is None:  # else it is paused already, in part
             self.carried = self.pair.live.data.clone()
             self.pair.live.data.copy_(self.live)
-        elif self.swapped:
-            self._exchange()
 
     def resume(self) -> None:
-        if self.how == "exchange" and not self.swapped:
-            self._exchange()
+        if self.exchange is not None:
+            self.exchange.there()
         elif self.carried is not None:
             self.pair.live.data.copy_(self.carried)
             self.carried = None
         self.version = self.pair.version
 
     def average_now(self) -> Tensor:
-        exchanged = self.how == "exchange" and self.swapped
+        exchanged = self.exchange is not None and self.exchange.exchanged
         return self.pair.live.detach() if exchanged else self.average
 
     def was_written(self) -> bool:
         return self.written or (self.watched and (_replaced(self.pair) or self.pair.version != self.version))
-
-    def _exchange(self) -> None:
-        exchange_(local(self.pair.live).data, local(self.average))
-        self.swapped = not self.swapped
 
 
 def _replaced(pair: Pair) -> bool:

@@ -379,9 +379,9 @@ def _pause(held: Held) -> None:
 
 
 def _resume(held: Held) -> None:
+    held.paused = False  # first, so that an interruption leaves a swap that can be ended
     held.swap.resume()
     _exchange(held)
-    held.paused = False
 
 
 def _exchange(held: Held) -> None:

@@ -117,39 +117,6 @@ def corrected(average: Tensor, live: Tensor, origin: Tensor, bias: float) -> Ten
     return torch.add(average, live.to(average.device, average.dtype) - origin, alpha=bias)
 
 
-def exchange_(first: Tensor, second: Tensor) -> None:
-    """Exchanges the contents of two tensors of one shape and dtype, in place, through a small scratch tensor.
-
-    An interruption (Ctrl-C) half way exchanges back what was done, so that nothing is lost or mixed.
-    """
-    done: list[tuple[Tensor, Tensor]] = []
-    try:
-        for (one,), (other,) in chunks([[first], [second]], CHUNK):
-            done.append((one, other))
-            _exchange(one, other)
-    except BaseException:
-        for one, other in done[:-1]:
-            _exchange(one, other)
-        raise
-
-
-def _exchange(first: Tensor, second: Tensor) -> None:
-    kept = first.clone()
-    try:
-        first.copy_(second)
-        second.copy_(kept)
-    except BaseException:
-        # an interruption comes between two lines or right after a copy: what a flag said of that could be wrong
-        if not _same_bits(first, kept):
-            second.copy_(first)
-            first.copy_(kept)
-        raise
-
-
-def _same_bits(first: Tensor, second: Tensor) -> bool:
-    return torch.equal(first.reshape(-1).view(torch.uint8), second.reshape(-1).view(torch.uint8))
-
-
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether no element is NaN or infinite. Reads every tensor once; on an accelerator the answer is waited for."""
     if not tensors:
