@@ -59,7 +59,7 @@ def warn_of_monitors(trainer: Trainer, holder: Holder, passes: Passes) -> None:
     """Warns where files are kept by the score of weights that their ``state_dict`` does not hold."""
     select = holder.settings.evaluation.select
     for monitor, mode in facts.monitored(trainer).items():
-        if beside := extra_pass.named_beside(monitor, passes.suffixes(holder.require())):
+        if beside := extra_pass.named_beside(monitor, passes.suffixes()):
             holder.warn(monitors_another(monitor, mode, *beside, selects=select is not None))
 
 

@@ -17,6 +17,7 @@ from lightning_ema.callback import sharded_files
 from lightning_ema.callback.holder import Holder
 from lightning_ema.callback.messages import adopted, not_returned, resumed, save_needs_all
 from lightning_ema.callback.own_loading import FileLoading
+from lightning_ema.callback.tested_files import check_weights_only, note, of_entry
 from lightning_ema.checkpoint.entry import (
     CallbackEntry,
     Recalibrated,
@@ -27,6 +28,7 @@ from lightning_ema.checkpoint.entry import (
     write,
 )
 from lightning_ema.checkpoint.section import changes, find, foreign, other_settings, state_key
+from lightning_ema.distributed.base import cut_of
 from lightning_ema.evaluation.passes import Passes
 from lightning_ema.modules.batchnorm import statistics_of
 from lightning_ema.modules.named_tensors import Survey
@@ -152,10 +154,17 @@ class Checkpointing:
             return
         entry = checkpoint.get("callbacks", {}).get(self._key)
         if not tracker.holds.gives_average:
+            if (
+                "callbacks" not in checkpoint
+                and tracker.num_updates > 0
+                and not holder.settings.evaluation.gives_average
+            ):
+                note(checkpoint, holder.settings.name, average=False)
             own(checkpoint)
         else:
             if "callbacks" not in checkpoint:  # a weights-only save: no hook of a callback is called for it
                 self._put_average(trainer, checkpoint)
+                note(checkpoint, holder.settings.name, average=True)
             missing: list[str] = []
             with tracker.weights.as_evaluated(tracker.holds, holder.batches(trainer)):
                 own(checkpoint)
@@ -190,6 +199,7 @@ class Checkpointing:
         holder = self._holder
         if not facts.is_fitting(trainer):
             sharded_files.check(trainer, checkpoint, checkpoint.get("callbacks", {}).get(self._key))
+            self._take_for_test(trainer, pl_module, checkpoint)
             return False
         holder.forget()
         stored, others = find(checkpoint, self._key), foreign(checkpoint)
@@ -216,6 +226,15 @@ class Checkpointing:
             holder.go_on()
         return True
 
+    def _take_for_test(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """A file is evaluated: keeps those of its weights that ``state_dict`` does not hold."""
+        stored = checkpoint.get("callbacks", {}).get(self._key)
+        shards = sharded_files.is_folder(stored) or any(c.sharded for c in map(cut_of, pl_module.parameters()))
+        if stored and trainer.ckpt_path is not None and not shards:
+            entry = self._loading.migrated(pl_module, read(stored, CallbackEntry))
+            self._holder.tested = of_entry(pl_module, entry)
+        self._loading.forget()
+
     def _around_load(self, pl_module: LightningModule, checkpoint: dict[str, Any], own: Hook) -> None:
         """A file is about to be loaded for an evaluation: what the last fit left is stored."""
         trainer = facts.trainer_of(pl_module)
@@ -223,6 +242,8 @@ class Checkpointing:
         tracker = self._holder.of(pl_module)
         if trainer is not None and tracker is not None and not facts.is_fitting(trainer):
             tracker.weights.store()
+        if trainer is not None and not facts.is_fitting(trainer) and trainer.ckpt_path is not None:
+            check_weights_only(checkpoint, self._holder.settings)
         self._loading.keep(checkpoint)
         own(checkpoint)
 

@@ -107,7 +107,7 @@ class EMACallback(Callback):
         )
         self._state_key = state_key(name)  # not the class's name: files of subclasses are files of ours
         self._holder = Holder(self._settings)
-        self._passes = Passes(self._settings.evaluation, name)
+        self._passes = Passes(self._settings.evaluation, name, self._settings.average.decays)
         self._evaluations = Evaluations(self._holder, self._passes)
         self._checkpointing = Checkpointing(self, self._holder, self._passes)
 
@@ -146,6 +146,9 @@ class EMACallback(Callback):
             tracker.collectives_off = False  # all processes have met, or none would be here
             tracker.weights.expect_broadcast(strategies.overwrites_weights(trainer))
         holder.drop_if_over()
+        holder.tested = None
+        if stage != "fit":
+            self._checkpointing.expect_file(pl_module)
         if stage == "fit":
             holder.begin_fit(trainer, pl_module)
             self._checkpointing.expect_file(pl_module)

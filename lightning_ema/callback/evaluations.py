@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from functools import partial
 
 from lightning.pytorch import LightningModule, Trainer
@@ -26,7 +27,9 @@ class Evaluations:
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """An evaluation begins that may be scored in further passes; one of a fit may select an average first."""
         self.accept_broadcast()
-        self._passes.begin(trainer, pl_module, self._holder.tracker)
+        tracker = self._holder.of(pl_module)
+        averages = tracker is not None and not tracker.weights.holds_file
+        self._passes.begin(trainer, pl_module, has_weights=averages or self._holder.tested is not None)
         batches = partial(self._holder.batches, trainer)
         if news := self._passes.select(trainer, pl_module, self._holder.tracker, batches):
             self._holder.say(news)
@@ -39,9 +42,13 @@ class Evaluations:
     def swap_in(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lets the module carry what evaluations are given; a file that was loaded into it stays."""
         holder, tracker = self._holder, self._holder.of(pl_module)
-        if tracker is not None and not facts.is_fitting(trainer) and trainer.ckpt_path is not None:
-            tracker.weights.accept_file()
-            return
+        if not facts.is_fitting(trainer) and trainer.ckpt_path is not None:
+            if tracker is not None:
+                tracker.weights.accept_file()
+            if holder.tested is not None:
+                holder.tested.begin(self._asked_of_file())
+            if tracker is not None or holder.tested is not None:
+                return
         holder.update()
         holder.drop_if_over()
         tracker = holder.of(pl_module)
@@ -53,11 +60,25 @@ class Evaluations:
     def again(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes the passes that are left, and logs what all of them gave."""
         if self._passes.due:
-            self._holder.check_processes(trainer)
-            batches = partial(self._holder.batches, trainer)
-            self._passes.run(trainer, pl_module, self._holder.tracker, batches)
+            if self._holder.tested is None:
+                self._holder.check_processes(trainer)
+            self._passes.run(trainer, pl_module, partial(self._carry, trainer))
+
+    def _carry(self, trainer: Trainer, place: int | None) -> AbstractContextManager[None]:
+        if self._holder.tested is not None:
+            return self._holder.tested.instead(place)
+        return self._holder.require().holds.instead(place, self._holder.batches(trainer))
+
+    def _asked_of_file(self) -> int | None:
+        """Which weights of a file an evaluation is given: the place of an average, or None for the live ones."""
+        tested, evaluation = self._holder.tested, self._holder.settings.evaluation
+        if tested is None or not tested.has_average or not evaluation.gives_average:
+            return None
+        return tested.selected if evaluation.select is not None else 0
 
     def swap_out(self) -> None:
         """Ends the swap, also one that a user's hook began."""
+        if self._holder.tested is not None:
+            self._holder.tested.end()
         if self._holder.tracker is not None:
             self._holder.tracker.holds.swap_out()

@@ -20,6 +20,7 @@ from lightning_ema.averaging.weight_average import WeightAverage, tracker_of
 from lightning_ema.callback import messages
 from lightning_ema.callback.messages import partitioned_among_others, still_rising, too_long
 from lightning_ema.callback.settings import CallbackSettings
+from lightning_ema.evaluation.file_weights import FileWeights
 from lightning_ema.files.writing import check_folder
 from lightning_ema.posthoc.snapshots import Snapshots, take
 from lightning_ema.schedules.base import Plan
@@ -41,6 +42,7 @@ class Holder:
         clock: of the run.
         snapshots: what is written of it in this fit.
         stepped: whether it took up steps in this batch.
+        tested: the weights of a file that is evaluated at present; None where none is.
         starting: takes the starting values anew; None like the engine.
         before_forget: what is to be done when it is given up, or over.
     """
@@ -53,6 +55,7 @@ class Holder:
         self.snapshots: Snapshots | None = None
         self.stepped = False
         self.starting: StartingValues | None = None
+        self.tested: FileWeights | None = None
         self.before_forget: Callable[[], None] | None = None
         self._plan = Plan()
         self._frozen: Frozen = {}

@@ -18,7 +18,7 @@ def log(holder: Holder, passes: Passes, pl_module: LightningModule) -> None:
     tracker, name = holder.require(), holder.settings.name
     pl_module.log(f"{name}/updates", float(tracker.num_updates), on_step=True, on_epoch=False, batch_size=1)
     for place in range(len(tracker.schedules)):
-        prefix = name if place == 0 else passes.label(tracker, place)
+        prefix = name if place == 0 else passes.label(place)
         values = {f"{prefix}/decay": tracker.decay(place), f"{prefix}/distance": tracker.distance(place)}
         pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
         if math.isnan(values[f"{prefix}/distance"]):

@@ -43,6 +43,11 @@ def fetch(trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any],
         sharded_checkpoint.put_back(entry, slot)
 
 
+def is_folder(entry: object) -> bool:
+    """Whether tensors of an entry lie beside it, as shards."""
+    return sharded_checkpoint.note_of(entry) is not None
+
+
 def check(trainer: Trainer, checkpoint: dict[str, Any], entry: dict[str, Any] | None) -> None:
     """Refuse a folder in which the shards of several saves lie beside one another."""
     note = sharded_checkpoint.note_of(entry)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -20,6 +21,9 @@ from lightning_ema.trainer.evaluation_loop import Result
 Take = Callable[[], Batches | None]
 """Gives training batches to recalibrate from; None where there are none."""
 
+Carry = Callable[[int | None], AbstractContextManager[None]]
+"""Lets the module carry one of the averages, by its place, or with None the live weights, for the length of a block."""
+
 
 class Passes:
     """What one evaluation after another asks of the data beside its own pass.
@@ -27,13 +31,15 @@ class Passes:
     Args:
         evaluation: which weights are scored.
         name: of the callback, which the names of further metrics begin with.
+        decays: of its averages.
 
     Attributes:
         num_selections: how many validations have ended in which an average could be selected.
     """
 
-    def __init__(self, evaluation: Evaluation, name: str) -> None:
+    def __init__(self, evaluation: Evaluation, name: str, decays: Sequence[Schedule]) -> None:
         self.num_selections = 0
+        self._decays = decays
         self._evaluation = evaluation
         self._name = name
         self._begun: extra_pass.Begun | None = None
@@ -45,12 +51,10 @@ class Passes:
         if self._evaluation.needs_passes:
             extra_pass.check(trainer, f"evaluate={self._evaluation.evaluate!r}")
 
-    def begin(self, trainer: Trainer, pl_module: LightningModule, tracker: Tracker | None) -> None:
-        """Notes what further passes are to find again; a file that is evaluated has none."""
+    def begin(self, trainer: Trainer, pl_module: LightningModule, has_weights: bool) -> None:
+        """Notes what further passes are to find again, where there are other weights to be scored."""
         self._scored, self._could_select, self._begun = [], False, None
-        if tracker is None or tracker.module is not pl_module or tracker.weights.holds_file:
-            return
-        if self._selects(trainer) or self._beside(tracker):
+        if has_weights and (self._selects(trainer) or self._beside()):
             self._begun = extra_pass.begin(trainer, pl_module)
 
     def select(
@@ -72,7 +76,7 @@ class Passes:
         for place in range(len(tracker.schedules)):
             carried = tracker.holds.instead(place, batches())
             results = extra_pass.evaluate_again(trainer, pl_module, begun, carried)
-            self._scored.append((f"/{self.label(tracker, place)}", results))
+            self._scored.append((f"/{self.label(place)}", results))
             logged = {result.name: float(result.value) for result in results}
             # the first process's: values that are not reduced differ among them, and may be logged there alone
             scores.append(score_of(select.metric, strategies.agreed(trainer, logged)))
@@ -96,16 +100,15 @@ class Passes:
         """Whether :meth:`run` has something to do in this evaluation."""
         return self._begun is not None
 
-    def run(self, trainer: Trainer, pl_module: LightningModule, tracker: Tracker | None, batches: Take) -> None:
+    def run(self, trainer: Trainer, pl_module: LightningModule, carry: Carry) -> None:
         """Makes the passes that are left, and logs the results of all of them."""
         begun, self._begun = self._begun, None
-        if begun is None or tracker is None:
+        if begun is None:
             return
         for suffix, results in self._scored:
             extra_pass.log_again(pl_module, results, suffix)
-        for suffix, place in self._beside(tracker).items():
-            carried = tracker.holds.instead(place, batches())
-            results = extra_pass.evaluate_again(trainer, pl_module, begun, carried)
+        for suffix, place in self._beside().items():
+            results = extra_pass.evaluate_again(trainer, pl_module, begun, carry(place))
             extra_pass.log_again(pl_module, results, suffix)
 
     def end(self) -> None:
@@ -117,20 +120,20 @@ class Passes:
         """No further pass is made in this evaluation."""
         self._begun = None
 
-    def suffixes(self, tracker: Tracker) -> list[str]:
+    def suffixes(self) -> list[str]:
         """The ends of the names under which weights are scored that ``state_dict`` of a file does not hold."""
-        among = range(len(tracker.schedules)) if self._evaluation.select is not None else ()
-        return [*self._beside(tracker), *(f"/{self.label(tracker, place)}" for place in among)]
+        among = range(len(self._decays)) if self._evaluation.select is not None else ()
+        return [*self._beside(), *(f"/{self.label(place)}" for place in among)]
 
-    def label(self, tracker: Tracker, place: int) -> str:
+    def label(self, place: int) -> str:
         """A further average in the names of metrics."""
-        return f"{self._name}_{label(tracker.settings.decays[place])}"
+        return f"{self._name}_{label(self._decays[place])}"
 
-    def _beside(self, tracker: Tracker) -> dict[str, int | None]:
+    def _beside(self) -> dict[str, int | None]:
         """What is evaluated beside the average: the suffix of its metrics and its place; None for the live weights."""
         live: dict[str, int | None] = {"_live": None} if self._evaluation.scores_live else {}
-        further = range(1, len(tracker.schedules)) if self._evaluation.scores_further else ()
-        return {**live, **{f"/{self.label(tracker, place)}": place for place in further}}
+        further = range(1, len(self._decays)) if self._evaluation.scores_further else ()
+        return {**live, **{f"/{self.label(place)}": place for place in further}}
 
 
 def said_of(metric: str, scores: Mapping[str, float], winner: str, schedules: Sequence[Schedule], step: int) -> str:
