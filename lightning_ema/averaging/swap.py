@@ -267,7 +267,7 @@ class _Contents:
         alike = average.dtype == tensor.dtype and average.device == tensor.device
         if alike and not copy and kept is None:
             watched = not pair.candidate.is_buffer and pair.cut.stored_as_live
-            exchange = Exchange(local(tensor).data, local(average))
+            exchange = Exchange(local(tensor), local(average))
             return cls(pair, average, "exchange", live=average, watched=watched, exchange=exchange)
         return cls(pair, average, "overwrite", live=tensor.data.clone() if kept is None else kept, watched=False)
 

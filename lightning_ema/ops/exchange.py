@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -38,9 +39,20 @@ class Exchange:
     """
 
     def __init__(self, first: Tensor, second: Tensor) -> None:
-        self._chunks = [(one, other) for (one,), (other,) in chunks([[first], [second]], CHUNK)]
+        self._tensors = first, second
+        self._views: list[tuple[Tensor, Tensor]] = []
         self._under_way: _UnderWay | None = None
         self._done = 0
+
+    @property
+    def _chunks(self) -> list[tuple[Tensor, Tensor]]:
+        if not self._views:
+            first, second = (tensor.data for tensor in self._tensors)
+            self._views = [(one, other) for (one,), (other,) in chunks([[first], [second]], CHUNK)]
+        return self._views
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_views": []}  # in a copy, a view would be one of nothing
 
     @property
     def exchanged(self) -> bool:

@@ -129,12 +129,13 @@ def score_plain(weights):
     return logged["val_loss"]
 
 
-def test_a_file_under_test_is_scored_once(tmp_path):
-    callback, module = ema(evaluate="both"), seeded()
+def test_a_file_under_test_is_scored_with_both_of_its_halves(tmp_path):
+    callback, module = ema(evaluate="both", after_fit="live"), seeded()
     this = fit(module, callback)
+    (live,) = trainer().validate(module, loader(2), verbose=False)
     this.save_checkpoint(tmp_path / "x.ckpt")
     (logged,) = this.validate(module, loader(2), ckpt_path=tmp_path / "x.ckpt", verbose=False)
-    assert set(logged) == {"val_loss"}
+    assert logged["val_loss_live"] == live["val_loss"] != logged["val_loss"]
 
 
 def test_before_the_first_update_both_are_the_live_weights():

@@ -6,6 +6,7 @@ from helpers import Regression, history_of
 from torch import nn
 
 from lightning_ema import Constant, Equal, PerUpdate, Power, Schedule, WeightAverage
+from lightning_ema.checkpoint.entry import seal
 from lightning_ema.schedules.history import History, joined, shortened
 
 
@@ -73,6 +74,7 @@ def test_a_file_without_a_history_is_refused_and_nothing_changed():
 def test_a_file_that_says_how_much_was_not_recorded_loads_with_an_empty_history():
     state = followed([1, 1, 3]).state_dict()
     state["histories"] = [{**History().state_dict(), "unrecorded_steps": 5, "unrecorded_updates": 3}]
+    seal(state)
     other = followed([1])
     other.load_state_dict(state)
     assert other.num_updates == 3 and history_of(other).stretches == []
