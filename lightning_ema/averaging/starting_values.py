@@ -16,7 +16,7 @@ class StartingValues:
     Pretrained weights are loaded in any hook before the first step, and layers initialise themselves in their first
     forward pass. So what counts is what the module holds right before the first write:
 
-        before the batch     everything; running statistics only here, before the first forward pass
+        before the forward   everything; running statistics only here, since forward passes write to them
         before the step      once more, for optimizers that are used around Lightning's wrapper
         before the write     once more, after forward and backward pass. A step may make several (LBFGS, SAM), and has
                              written after the first
@@ -37,8 +37,8 @@ class StartingValues:
         """Whether they may change still."""
         return self._tracker.at_start
 
-    def before_batch(self) -> None:
-        """A training batch begins. A further one without a step, as in gradient accumulation, finds used statistics."""
+    def before_forward(self) -> None:
+        """A batch's forward pass is next. After one without a step, as in accumulation, statistics are used ones."""
         if self.open and self._seen_at != self._tracker.num_steps:
             self._seen_at = self._tracker.num_steps
             self._take(True)

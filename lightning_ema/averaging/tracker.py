@@ -202,6 +202,11 @@ class Tracker:
         if self.num_steps >= step:
             self.start()
 
+    def count_from(self, step: int) -> None:
+        """Joins a run that has taken so many steps; starts here where ``start_step`` is past."""
+        self.num_steps = step
+        self.start_at(step if self.started else self.start_step)
+
     def bind(self, plan: Plan) -> None:
         """Fills into the schedules what only the run knows; the plan's steps count from ``start_step``."""
         self.schedules = [schedule.bind(plan) for schedule in self.settings.decays]

@@ -254,6 +254,7 @@ class Checkpointing:
         if news := gone_on.said([repr(schedule) for schedule in holder.settings.average.decays]):
             holder.warn(f"the checkpoint is of other averages: {news}.")
         holder.clock.resume(entry.steps_before, entry.pace)
+        holder.is_new = False
         if holder.settings.evaluation.select is not None:
             selected = gone_on.places.index(entry.selected) if entry.selected in gone_on.places else 0
             tracker.holds.selected, self._passes.num_selections = selected, entry.num_selections
@@ -285,6 +286,7 @@ class Checkpointing:
                 origin=loaded,
             )
             resume(tracker, state)
+            self._holder.is_new = False
         write_into(self._loading.live_of_another(cast(LightningModule, tracker.module), live), tracker.module)
         if updates == 0 and tracker.started:
             tracker.start()

@@ -179,7 +179,7 @@ class EMACallback(Callback):
         self._holder.start_with_epoch(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._holder.begin_batch()
+        self._holder.begin_batch(trainer)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._holder.before_write()

@@ -24,7 +24,8 @@ from lightning_ema.evaluation.file_weights import FileWeights
 from lightning_ema.files.writing import check_folder
 from lightning_ema.posthoc.snapshots import Snapshots, take
 from lightning_ema.schedules.base import Plan
-from lightning_ema.trainer import facts, strategies, training_batches
+from lightning_ema.trainer import facts, run_length, strategies, training_batches
+from lightning_ema.trainer.before_forward import before_forward
 from lightning_ema.trainer.clock import Clock
 from lightning_ema.trainer.method_hook import Call, around_train_end, leave_train_end
 
@@ -44,6 +45,8 @@ class Holder:
         stepped: whether it took up steps in this batch.
         tested: the weights of a file that is evaluated at present; None where none is.
         starting: takes the starting values anew; None like the engine.
+        is_new: whether the average is not of a file, and has not been trained yet. It counts steps from those of the
+            run, so that ``start_step`` and ``start_epoch`` mean the same.
         before_forget: what is to be done when it is given up, or over.
     """
 
@@ -56,6 +59,7 @@ class Holder:
         self.stepped = False
         self.starting: StartingValues | None = None
         self.tested: FileWeights | None = None
+        self.is_new = False
         self.before_forget: Callable[[], None] | None = None
         self._plan = Plan()
         self._frozen: Frozen = {}
@@ -74,7 +78,7 @@ class Holder:
         self.tracker.holds.before_drop = self.before_forget
         self.tracker.holds.say = self.say
         self.tracker.before_reading = self.update
-        self.starting = StartingValues(self.tracker, self.tracker.take_anew)
+        self.starting, self.is_new = StartingValues(self.tracker, self.tracker.take_anew), True
         self.tracker.holds.evaluated_by = settings.name if settings.evaluation.gives_average else ""
         if settings.recalibrate is not None:
             self.tracker.holds.estimates = [Estimate() for _ in settings.average.decays]
@@ -171,6 +175,9 @@ class Holder:
         """Training begins: schedules and start learn the length of the run."""
         around_train_end(trainer, self.around_train_end)
         tracker, settings = self.require(), self.settings
+        if self.is_new and not run_length.begins(trainer):
+            tracker.count_from(run_length.steps_taken(trainer))
+        self.is_new = False
         plan = self.clock.begin(trainer, tracker.num_steps)
         start = tracker.start_step
         if not tracker.started:
@@ -180,6 +187,7 @@ class Holder:
         if isinstance(settings.start_epoch, float) and settings.start_epoch > 0 and not tracker.started:
             tracker.start_at(start)
         self.start_with_epoch(trainer)
+        self.starting = StartingValues(tracker, tracker.take_anew)  # again: an earlier fit may have ended in a batch
         self._frozen = frozen_now(tracker)
         if self._plan.total_steps is not None:
             self._advise(self._plan.total_steps)
@@ -196,13 +204,13 @@ class Holder:
         self.count()
         self.require().bind(self._plan)
 
-    def begin_batch(self) -> None:
+    def begin_batch(self, trainer: Trainer) -> None:
         """A training batch begins, from which on steps count."""
         tracker, steps = self.require(), self.clock.steps
         tracker.refresh()  # what was unfrozen joins with its value before its first step
         self.stepped = False
         if self.starting is not None and tracker.at_start:
-            self.starting.before_batch()
+            before_forward(trainer, self.starting.before_forward)
             steps.before_first = self.starting.before_step
         else:
             steps.before_first = None

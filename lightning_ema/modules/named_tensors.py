@@ -117,7 +117,7 @@ class Survey:
                     self.tensors.setdefault(f"{path}{leaf}", tensor)
                     if _floats(tensor):  # quantized weights are stored as integers, and stay out like integer buffers
                         rewritten = getattr(owner, "max_norm", None) is not None
-                        statistic = is_buffer and isinstance(owner, nn.modules.batchnorm._NormBase)
+                        statistic = is_buffer and _is_statistic(owner, leaf)
                         place = _Place(path, table, leaf, tensor, is_buffer, rewritten, statistic)
                         places.setdefault(memory_of(tensor), []).append(place)
         self._size = sum(map(len, self._tables))
@@ -246,6 +246,11 @@ def _modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _wraps(owner: nn.Module, leaf: str) -> bool:
     return leaf in _WRAPPER_LEAVES or (leaf == "module" and isinstance(owner, (DataParallel, DistributedDataParallel)))
+
+
+def _is_statistic(owner: nn.Module, leaf: str) -> bool:
+    """Normalization layers of other libraries name their statistics as torch does."""
+    return isinstance(owner, nn.modules.batchnorm._NormBase) or leaf.startswith("running_")
 
 
 def _floats(tensor: Tensor) -> bool:

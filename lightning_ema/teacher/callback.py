@@ -38,6 +38,7 @@ from lightning_ema.teacher.networks import (
     networks,
 )
 from lightning_ema.trainer import facts, run_length, strategies
+from lightning_ema.trainer.before_forward import before_forward
 from lightning_ema.trainer.clock import Clock
 
 _NOT_STARTED = sys.maxsize
@@ -108,7 +109,8 @@ class TeacherCallback(Callback):
             self._starting = StartingValues(tracker, self._take_anew)
             self._take_anew(statistics=True)
         else:
-            self._starting = None
+            saved_at_start = self._loaded is not None and self._loaded.num_steps == 0
+            self._starting = StartingValues(tracker, self._take_anew) if saved_at_start else None
             self._go_on(tracker)
         self._clock.steps.hold(self._owns)
 
@@ -135,7 +137,7 @@ class TeacherCallback(Callback):
             tracker.refresh()
         starts = self._starting is not None and self._starting.open
         if self._starting is not None and starts:
-            self._starting.before_batch()
+            before_forward(trainer, self._starting.before_forward)
         self._clock.steps.before_first = self._starting.before_step if self._starting is not None and starts else None
         self._clock.steps.open()
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from lightning.pytorch import Trainer
 
 from lightning_ema.schedules.base import Plan
-from lightning_ema.trainer.facts import callbacks
+from lightning_ema.trainer.facts import batches_done, callbacks
 
 
 class Pace(NamedTuple):
@@ -62,6 +62,16 @@ def plan(trainer: Trainer, pace: Pace) -> Plan:
 def begins(trainer: Trainer) -> bool:
     """Whether this trainer's first step is still to come: it neither resumes from a file nor goes on with a fit."""
     return trainer.ckpt_path is None and trainer.global_step == 0 and trainer.fit_loop.epoch_loop.total_batch_idx <= 0
+
+
+def steps_taken(trainer: Trainer) -> int:
+    """The steps of the run so far, also of those before a resume, as far as the trainer knows of them.
+
+    Under manual optimization it counts those of every optimizer together, and none of one used around its wrapper.
+    """
+    if trainer.lightning_module.automatic_optimization:
+        return trainer.global_step
+    return trainer.global_step // max(1, len(trainer.optimizers)) or batches_done(trainer)
 
 
 def _steps_per_epoch(trainer: Trainer) -> int | None:

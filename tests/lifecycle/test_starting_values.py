@@ -217,3 +217,36 @@ def test_a_teacher_is_what_the_student_is_before_its_first_forward_pass(hook):
     fit(module, Loads(hook), max_epochs=1, limit_train_batches=1)
     assert set(module.seen.values()) == {PRETRAINED}
     assert module.mean_seen == PRETRAINED
+
+
+class LoadsStatistics(Regression):
+    def on_train_batch_start(self, batch, batch_idx):
+        if self.global_step == 0:
+            self.net[1].running_mean.fill_(PRETRAINED)
+
+
+def test_statistics_loaded_in_the_modules_own_hook_before_the_first_batch_are_the_start():
+    callback = EMACallback(Constant(0.75), after_fit="live")
+    module = seeded(LoadsStatistics)
+    fit(module, callback, max_epochs=1, limit_train_batches=1)
+    average = dict(callback.average.named_tensors())["net.1.running_mean"]
+    torch.testing.assert_close(average, 0.75 * PRETRAINED + 0.25 * module.net[1].running_mean)
+
+
+@pytest.mark.parametrize(
+    ("settings", "starts"),
+    [
+        ({"start_step": 9}, 9),  # in the second epoch of six steps each
+        ({"start_step": 4}, 6),  # is past: it starts where the run goes on
+        ({"start_epoch": 2}, 12),
+        ({"start_epoch": 1}, 6),
+        ({"start_epoch": 0.5}, 9),
+        ({}, 6),
+    ],
+)
+def test_after_a_plain_file_steps_are_those_of_the_run(settings, starts, tmp_path):
+    fit(seeded(), max_epochs=1).save_checkpoint(tmp_path / "plain.ckpt")
+    callback = EMACallback(Constant(0.5), after_fit="live", **settings)
+    fit(seeded(), callback, max_epochs=3, ckpt_path=tmp_path / "plain.ckpt")
+    assert callback.average.num_steps == 3 * BATCHES
+    assert callback.average.num_updates == 3 * BATCHES - starts
