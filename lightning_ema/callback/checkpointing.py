@@ -29,6 +29,7 @@ from lightning_ema.checkpoint.entry import (
 )
 from lightning_ema.checkpoint.section import changes, find, foreign, other_settings, state_key
 from lightning_ema.distributed.base import cut_of
+from lightning_ema.evaluation.file_weights import FileWeights
 from lightning_ema.evaluation.passes import Passes
 from lightning_ema.modules.batchnorm import statistics_of
 from lightning_ema.modules.named_tensors import Survey
@@ -199,7 +200,6 @@ class Checkpointing:
         holder = self._holder
         if not facts.is_fitting(trainer):
             sharded_files.check(trainer, checkpoint, checkpoint.get("callbacks", {}).get(self._key))
-            self._take_for_test(trainer, pl_module, checkpoint)
             return False
         holder.forget()
         stored, others = find(checkpoint, self._key), foreign(checkpoint)
@@ -226,14 +226,20 @@ class Checkpointing:
             holder.go_on()
         return True
 
-    def _take_for_test(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """A file is evaluated: keeps those of its weights that ``state_dict`` does not hold."""
-        stored = checkpoint.get("callbacks", {}).get(self._key)
+    def _take_for_test(self, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """A file is about to be evaluated: keeps those of its weights that ``state_dict`` does not hold."""
+        stored = find(checkpoint, self._key) if self._key in checkpoint.get("callbacks", {}) else None
         shards = sharded_files.is_folder(stored) or any(c.sharded for c in map(cut_of, pl_module.parameters()))
-        if stored and trainer.ckpt_path is not None and not shards:
-            entry = self._loading.migrated(pl_module, read(stored, CallbackEntry))
-            self._holder.tested = of_entry(pl_module, entry)
-        self._loading.forget()
+        if not stored or shards:
+            return
+        entry = read(stored, CallbackEntry)
+
+        def loaded() -> FileWeights:
+            migrated = self._loading.migrated(pl_module, entry)
+            self._loading.forget()
+            return of_entry(pl_module, migrated)
+
+        self._holder.to_test = loaded
 
     def _around_load(self, pl_module: LightningModule, checkpoint: dict[str, Any], own: Hook) -> None:
         """A file is about to be loaded for an evaluation: what the last fit left is stored."""
@@ -244,6 +250,7 @@ class Checkpointing:
             tracker.weights.store()
         if trainer is not None and not facts.is_fitting(trainer) and trainer.ckpt_path is not None:
             check_weights_only(checkpoint, self._holder.settings)
+            self._take_for_test(pl_module, checkpoint)
         self._loading.keep(checkpoint)
         own(checkpoint)
 

@@ -146,7 +146,7 @@ class EMACallback(Callback):
             tracker.collectives_off = False  # all processes have met, or none would be here
             tracker.weights.expect_broadcast(strategies.overwrites_weights(trainer))
         holder.drop_if_over()
-        holder.tested = None
+        holder.tested = holder.to_test = None
         if stage != "fit":
             self._checkpointing.expect_file(pl_module)
         if stage == "fit":

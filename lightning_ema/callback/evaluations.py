@@ -27,6 +27,7 @@ class Evaluations:
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """An evaluation begins that may be scored in further passes; one of a fit may select an average first."""
         self.accept_broadcast()
+        self._holder.open_file()
         tracker = self._holder.of(pl_module)
         averages = tracker is not None and not tracker.weights.holds_file
         self._passes.begin(trainer, pl_module, has_weights=averages or self._holder.tested is not None)
@@ -43,6 +44,7 @@ class Evaluations:
         """Lets the module carry what evaluations are given; a file that was loaded into it stays."""
         holder, tracker = self._holder, self._holder.of(pl_module)
         if not facts.is_fitting(trainer) and trainer.ckpt_path is not None:
+            holder.open_file()
             if tracker is not None:
                 tracker.weights.accept_file()
             if holder.tested is not None:

@@ -44,6 +44,7 @@ class Holder:
         snapshots: what is written of it in this fit.
         stepped: whether it took up steps in this batch.
         tested: the weights of a file that is evaluated at present; None where none is.
+        to_test: gives them, once the file was loaded into the module.
         starting: takes the starting values anew; None like the engine.
         is_new: whether the average is not of a file, and has not been trained yet. It counts steps from those of the
             run, so that ``start_step`` and ``start_epoch`` mean the same.
@@ -59,6 +60,7 @@ class Holder:
         self.stepped = False
         self.starting: StartingValues | None = None
         self.tested: FileWeights | None = None
+        self.to_test: Callable[[], FileWeights] | None = None
         self.is_new = False
         self.before_forget: Callable[[], None] | None = None
         self._plan = Plan()
@@ -111,6 +113,11 @@ class Holder:
         self.average = self.tracker = self.starting = None
         self.clock.resume()
         self._said_skips = self._said_not_finite = False
+
+    def open_file(self) -> None:
+        """An evaluation begins: a file has been loaded into the module, if one is evaluated."""
+        if self.to_test is not None:
+            self.tested, self.to_test = self.to_test(), None
 
     def of(self, pl_module: LightningModule) -> Tracker | None:
         """The engine, where there is one of this very module."""
