@@ -76,7 +76,7 @@ def python(*arguments, cwd=None):
     """Runs Python in a process of its own, which imports everything anew; gives how it ended."""
     return subprocess.run(
         [sys.executable, "-W", "ignore", *map(str, arguments)],
-        env=environment(),
+        env={**environment(), "PYTHONUNBUFFERED": ""},  # else what two processes print is mixed within a line
         cwd=cwd,
         capture_output=True,
         text=True,
