@@ -36,10 +36,10 @@ evidence: setup  ## measure what averaging buys, six questions on digits (about 
 # two at a time; a file's tests stay together, since what they share takes long to make; the files in the order of the
 # folders, which puts the long ones before the short ones
 PYTEST := python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
-test: setup  ## run the tests (3 minutes)
+test: setup  ## run the tests (7 minutes on two cores)
 	@$(BIN)/$(PYTEST) -m "not slow"
 
-test-all: setup  ## run the tests that `make test` leaves out: the widest matrices, examples and pages (3 minutes)
+test-all: setup  ## run the tests that `make test` leaves out: the widest matrices, examples and pages (6 minutes)
 	@$(BIN)/$(PYTEST) -m slow
 
 lint: setup  ## ruff (lint and format) and mypy (strict)
